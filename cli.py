@@ -1,0 +1,270 @@
+"""The command `dcompile`: compile a diffusion model, run what was built, and see what it cost.
+
+`dcompile MODEL ...` is short for `dcompile build MODEL ...`. Nothing here computes: each command reads its options, calls one
+function of the package, and prints. Errors that a user can act on are one line and an exit code; anything else is a bug.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .runtime.errors import DcompileError, RequestError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help=(
+        "Compile a trained diffusion model into an artifact to ship: smaller, faster, without PyTorch, with a report of what it cost."
+        "\n\n[bold]dcompile MODEL --passes prune,cache,quant,fold -o build/[/bold]   (short for `dcompile build MODEL ...`)"
+        "\n\n[bold]dcompile run build/ --label A --seed 0 -o sample.png[/bold]"
+    ),
+)
+out, err = Console(), Console(stderr=True)
+COMMANDS = ("build", "run", "inspect", "bench", "report")
+
+
+class Verbosity(Enum):
+    quiet, normal = range(2)
+
+
+@app.command()
+def build(
+    model: Annotated[
+        Optional[str],
+        typer.Argument(help="A diffusers model folder, model.pt2, model.pt, or package.module:factory.", show_default=False),
+    ] = None,
+    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Bundle directory to write. [default: build/NAME]")] = None,
+    passes: Annotated[
+        Optional[str],
+        typer.Option(help="Passes in order, with options: prune:ratio=0.25,cache:interval=3,quant,fold. `dcompile passes` lists them."),
+    ] = None,
+    recipe: Annotated[Optional[Path], typer.Option(help="YAML file with any of these options; the command line overrides it.")] = None,
+    target: Annotated[Optional[str], typer.Option(help="Engine format. [default: onnx]")] = None,
+    shape: Annotated[Optional[str], typer.Option(help="Sample without the batch, for example 4x32x32. [default: from the config]")] = None,
+    contract: Annotated[Optional[Path], typer.Option(help="YAML with the roles of the inputs, for networks that are not diffusers'.")] = None,
+    sampler: Annotated[Optional[str], typer.Option(help="ddim, euler, dpm++2m, flow_euler, ... [default: the model's scheduler]")] = None,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Sampler steps. [default: the model's, or 30]")] = None,
+    guidance: Annotated[Optional[float], typer.Option(help="Classifier-free guidance scale; 1 is none. [default: the model's, or 1]")] = None,
+    judge: Annotated[Optional[Path], typer.Option(help="Folder with judge.onnx, to measure accuracy and Fréchet distance.")] = None,
+    gate: Annotated[Optional[str], typer.Option(help="Fail with exit code 3 unless met: accuracy_drop<=0.02,psnr>=20")] = None,
+    calibration_samples: Annotated[Optional[int], typer.Option(min=1, help="Samples that passes measure on. [default: 8]")] = None,
+    eval_samples: Annotated[Optional[int], typer.Option(min=0, help="Samples that quality is measured on. [default: 72]")] = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Build only: measure neither quality nor speed.")] = False,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of an engine. [default: it decides]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be built, and stop before measuring anything.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is no bundle.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep results of earlier builds.")] = False,
+    cache_dir: Annotated[Optional[Path], typer.Option(help="Where results are kept. [default: ~/.cache/dcompile]")] = None,
+    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="Load a pickled module, running the code in it.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Compile MODEL into a bundle: engines, the table that says which runs at each step, and a report."""
+    from .compiler.ingest import model_name
+    from .exporters import build as builder
+
+    plan = _recipe(recipe, model=model, target=target, shape=shape, contract=contract, sampler=sampler, steps=steps, guidance=guidance,
+                   judge=judge, gate=gate, calibration_samples=calibration_samples, eval_samples=eval_samples,
+                   passes=passes)  # fmt: skip
+    if plan.model is None:
+        raise RequestError("no model: give a folder, a file or package.module:factory, or `model:` in the recipe")
+    output = output or Path("build") / model_name(plan.model)
+    cache = None if no_cache else cache_dir or builder.default_cache()
+    with _listener(quiet) as listener:
+        settings = builder.Settings(trust_pickle, force, cache, threads, not no_eval, listener)
+        if dry_run:
+            from .exporters.explain import plan_tree
+
+            tree = plan_tree(plan.model, output, plan, settings)
+        else:
+            built = builder.compile_model(plan.model, output, plan, settings)
+    if dry_run:
+        out.print(tree)
+        return
+    from .exporters.report import terminal_table
+
+    out.print(terminal_table(dict(built.report)))
+    out.print(f"bundle  {built.bundle}\nreport  {built.bundle / 'report.html'}")
+    out.print(f"next    dcompile run {built.bundle} --seed 0 -o sample.png", highlight=False)
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(help="A bundle directory.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="sample.png for a picture, sample.npy for the numbers.")] = Path("sample.png"),
+    label: Annotated[Optional[list[str]], typer.Option("--label", "-l", help="Class of a sample, by name or number; repeat for more.")] = None,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Samples, where no labels are given; labels are then taken in turn.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Sample i starts from seed + i.")] = 0,
+    conditions: Annotated[Optional[Path], typer.Option(help="An .npz or .safetensors file with the model's other inputs by name.")] = None,
+    columns: Annotated[Optional[int], typer.Option(min=1, help="Columns of the picture.")] = None,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of an engine. [default: it decides]")] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Generate samples from BUNDLE, without PyTorch."""
+    from .exporters.sampling import generate_file
+
+    with _listener(quiet) as listener:
+        listener.stage("loading")
+        timing = generate_file(bundle, output, label, count, seed, conditions, columns, threads, listener.progress)
+    out.print(f"{output}  ({timing.steps} steps in {timing.total_s:.2f} s, {100 * timing.overhead_frac:.1f} % outside the engines)")
+
+
+@app.command()
+def inspect(
+    what: Annotated[str, typer.Argument(help="A model (as for build) or a bundle directory.")],
+    shape: Annotated[Optional[str], typer.Option(help="Sample without the batch, for example 4x32x32.")] = None,
+    contract: Annotated[Optional[Path], typer.Option(help="YAML with the roles of the inputs.")] = None,
+    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="Load a pickled module, running the code in it.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Of a bundle, also compare every file with its checksum.")] = False,
+) -> None:
+    """Show the regions of a model, with parameters and operations; or what is in a bundle, without reading its weights."""
+    from .exporters.explain import bundle_tree, model_tree
+    from .runtime.manifest import FILE
+
+    if (Path(what) / FILE).exists():
+        out.print(bundle_tree(Path(what), verify))
+        return
+    with _listener(False) as listener:
+        listener.stage(f"reading {what}")
+        tree = model_tree(what, _shape(shape), contract, trust_pickle)
+    out.print(tree)
+
+
+@app.command()
+def bench(
+    bundles: Annotated[list[Path], typer.Argument(help="One or more bundles; each is compared with the first.")],
+    batch: Annotated[int, typer.Option(min=1, help="Samples a request.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed requests of each bundle.")] = 5,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of an engine. [default: it decides]")] = None,
+    json: Annotated[Optional[Path], typer.Option(help="Also write the figures to this file.")] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Time bundles against each other: interleaved requests in one process, medians."""
+    from .exporters.bench import bench as run_bench
+    from .exporters.explain import bench_table
+
+    with _listener(quiet) as listener:
+        listener.stage("timing")
+        named = {str(path): path for path in bundles}
+        found = run_bench(named, batch=batch, threads=threads, repeats=repeats,
+                          progress=lambda done, total, what: listener.progress(done / total, what))  # fmt: skip
+    if json:
+        import json as json_module
+
+        json.write_text(json_module.dumps(found, indent=2))
+    out.print(bench_table(found))
+
+
+@app.command()
+def report(bundle: Annotated[Path, typer.Argument(help="A bundle, or the .report folder of a build that failed its gate.")]) -> None:
+    """Print the before/after table of a build, and where its pictures are."""
+    from .exporters.report import read_report, terminal_table
+
+    found = read_report(bundle)
+    out.print(terminal_table(found))
+    if (bundle / "report.html").exists():
+        out.print(f"pictures  {bundle / 'report.html'}")
+
+
+@app.command()
+def passes() -> None:
+    """List the passes with their options and defaults."""
+    from .exporters.explain import passes_table
+
+    out.print(passes_table())
+
+
+def _recipe(path: Path | None, **given: Any) -> Any:
+    from .compiler.recipe import parse_recipe, read_recipe
+
+    base = read_recipe(path).model_dump(exclude_none=True, exclude_unset=True) if path else {}
+    given["shape"] = _shape(given["shape"])
+    if given["passes"] is not None:
+        given["passes"] = [given["passes"]]
+    return parse_recipe({**base, **{key: value for key, value in given.items() if value is not None}}, str(path or "command line"))
+
+
+def _shape(text: str | None) -> tuple[int, ...] | None:
+    from .compiler.ingest import parse_shape
+
+    return parse_shape(text) if text else None
+
+
+class _Bars:
+    """One line a stage: a bar with time left while it runs, a tick when it is done."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.task: Any = None
+
+    def stage(self, title: str) -> None:
+        self.done()
+        self.task = self.bars.add_task(title, total=None, doing="")
+
+    def progress(self, fraction: float, text: str) -> None:
+        if self.task is not None:
+            self.bars.update(self.task, total=1.0, completed=fraction, doing=text)
+
+    def done(self) -> None:
+        if self.task is not None:
+            self.bars.update(self.task, total=1.0, completed=1.0, doing="")
+            self.bars.stop_task(self.task)
+
+
+@contextmanager
+def _listener(quiet: bool) -> Iterator[Any]:
+    from .exporters.build import Silent
+
+    if quiet:
+        yield Silent()
+        return
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn(),
+               TimeRemainingColumn(), TextColumn("[dim]{task.fields[doing]}"))  # fmt: skip
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+        listener = _Bars(bars)
+        yield listener
+        listener.done()
+
+
+def main() -> None:
+    """Entry point. A first argument that is no command or option is a model: `dcompile model.pt --passes ...`."""
+    arguments = sys.argv[1:]
+    names = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    if arguments and arguments[0] not in names and (not arguments[0].startswith("-") or _is_build_option(arguments[0])):
+        arguments = ["build", *arguments]
+    try:
+        app(arguments, prog_name="dcompile")
+    except DcompileError as error:
+        err.print(f"[bold red]error:[/bold red] {_plain(error)}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        err.print(f"[bold red]error:[/bold red] {error.strerror or error}{where}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("interrupted; results of finished passes are kept, the same command goes on from there")
+        sys.exit(130)
+
+
+def _is_build_option(argument: str) -> bool:
+    return argument not in ("--help", "-h", "--version")
+
+
+def _plain(error: DcompileError) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Ingest a model, hold it as a program, plan its steps."""

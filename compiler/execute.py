@@ -1,0 +1,123 @@
+"""Run a program in PyTorch: the oracle that every artifact is compared with, and the source of calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from ..runtime.random import normal
+from . import rewrite
+from .errors import PassError
+from .plan import Mask
+from .program import Program
+from .variants import Variant, build_variant, cache_tables
+
+# (step, node name, value): called for each tapped node as the step computes it. Nodes that a step reuses are not seen.
+Tap = Callable[[int, str, Tensor], None]
+
+
+def zero_state(node: fx.Node, batch: int) -> Tensor:
+    """Zeros for a state input; its first dimension is the example's, scaled to this batch."""
+    example = rewrite.tensor_of(node)
+    assert example is not None
+    shape = [batch_size(size, batch) for size in example.shape]
+    return torch.zeros(shape, dtype=example.dtype)
+
+
+def batch_size(size: Any, batch: int) -> int:
+    """A size of the graph at this batch: k * batch where it is symbolic, itself where it is fixed."""
+    return batch_factor(size) * batch if not isinstance(size, int) else size
+
+
+def batch_factor(size: Any) -> int:
+    """k of a symbolic size k * batch (2 where guidance doubles the batch)."""
+    expression = size.node.expr
+    factor = expression.as_coeff_Mul()[0] if hasattr(expression, "as_coeff_Mul") else 1
+    return int(factor)
+
+
+def initial_slots(program: Program, conditions: Mapping[str, NDArray[Any]], seeds: Sequence[int]) -> dict[str, Tensor]:
+    contract = program.contract
+    noise = normal(seeds, 0, tuple(contract.sample.shape)) * np.float32(contract.initial_scale)
+    slots = {"sample": torch.from_numpy(noise)}
+    slots |= {name: torch.from_numpy(np.asarray(value)) for name, value in conditions.items()}
+    return slots
+
+
+@torch.no_grad()
+def run(
+    program: Program,
+    conditions: Mapping[str, NDArray[Any]],
+    seeds: Sequence[int],
+    *,
+    tap: Tap | None = None,
+    taps: Iterable[str] = (),
+    on_step: Callable[[int, Tensor], None] | None = None,
+    on_inputs: Callable[[int, Mask, list[Tensor]], None] | None = None,
+) -> Tensor:
+    """Samples [B, *shape] float32 for these seeds, by the program's own plan.
+
+    tap is called for each node named in `taps`. on_step(step, sample) is called after each step, on_inputs(step, mask, values)
+    before it with the inputs of the variant that it runs.
+    Raises PassError when a value stops being finite, naming the step.
+    """
+    tables = {**program.tables, **cache_tables(program)}
+    variants = {mask: build_variant(program, mask) for mask in program.plan.masks}
+    slots = initial_slots(program, conditions, seeds)
+    watched = frozenset(taps)
+    for step in range(program.steps):
+        mask = program.plan.mask(step)
+        variant = variants[mask]
+        if program.contract.stochastic:
+            slots["noise"] = torch.from_numpy(normal(seeds, step + 1, tuple(program.contract.sample.shape)))
+        values = _inputs(variant, slots, tables, step, len(seeds))
+        if on_inputs:
+            on_inputs(step, mask, values)
+        results = _call(variant, values, step, tap, watched)
+        slots.update(zip(variant.outputs, results, strict=True))
+        if not torch.isfinite(slots["sample"]).all():
+            raise PassError(f"the sample is not finite after step {step + 1} of {program.steps}; a weight or a pass before it overflows")
+        if on_step:
+            on_step(step, slots["sample"])
+    return slots["sample"]
+
+
+def _inputs(
+    variant: Variant, slots: Mapping[str, Tensor], tables: Mapping[str, Tensor], step: int, batch: int
+) -> list[Tensor]:
+    values = []
+    for name, node in rewrite.placeholders(variant.graph).items():
+        kind, source = variant.inputs[name]
+        if kind == "table":
+            values.append(tables[source][step])
+        else:
+            values.append(slots[source] if source in slots else zero_state(node, batch))
+    return values
+
+
+def _call(variant: Variant, values: list[Tensor], step: int, tap: Tap | None, watched: frozenset[str]) -> Sequence[Tensor]:
+    if tap is None:
+        results = variant.graph(*values)
+    else:
+        results = _Tapped(variant.graph, step, tap, watched).run(*values)
+    return results if isinstance(results, tuple | list) else (results,)
+
+
+class _Tapped(fx.Interpreter):
+    """Runs a graph node by node and shows the watched values."""
+
+    def __init__(self, module: fx.GraphModule, step: int, tap: Tap, watched: frozenset[str]) -> None:
+        super().__init__(module)
+        self._show: tuple[int, Tap, frozenset[str]] = (step, tap, watched)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        step, tap, watched = self._show
+        if n.name in watched:
+            tap(step, n.name, value)
+        return value

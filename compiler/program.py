@@ -1,0 +1,94 @@
+"""What is being compiled: one sampler step as a graph, the rows that drive it, and the plan of what each step computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from torch import Tensor, fx
+
+from ..runtime.manifest import Contract
+from .plan import Plan
+from .regions import Region, find_regions
+from .rewrite import weights
+from .sampler import Sampler
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one pass did; goes into the report and the manifest.
+
+    changed: nodes, sites or regions rewritten; 0 means that there was nothing to do.
+    refused: (what, why not) for each thing that the pass looked at and left alone.
+    details: figures and choices of the pass, JSON-able.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    changed: int = 0
+    refused: tuple[tuple[str, str], ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A diffusion model with its sampler, executable in PyTorch after every pass.
+
+    graph: one whole step, (sample, [history], conditions, tables, [noise]) -> (next sample, [history]), batch first and dynamic.
+    contract: what a user gives and gets. sampler: the rows of coefficients, one a network call.
+    tables: graph inputs that change by step, name -> [steps, ...]; the runtime feeds row i at call i.
+    plan: per step and site, compute or reuse. history: one record a pass.
+    """
+
+    name: str
+    graph: fx.GraphModule
+    contract: Contract
+    sampler: Sampler
+    tables: Mapping[str, Tensor]
+    plan: Plan
+    history: tuple[Record, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        return self.sampler.steps
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        return find_regions(self.graph)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the floating-point and integer weights that the graph still reads."""
+        return sum(value.numel() for value in weights(self.graph).values())
+
+    def with_graph(self, graph: fx.GraphModule, **changes: Any) -> Program:
+        return replace(self, graph=graph, **changes)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a pass found out by measuring: enough to apply the pass again without measuring. Kept on disk between runs.
+
+    choices: JSON-able. tensors: name -> array. A pass is `decide` (slow, reads the trajectory) then `apply` (fast, pure).
+    """
+
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    program: Program
+    record: Record
+
+
+class Pass(Protocol):
+    """`Program -> PassResult`, as a frozen dataclass whose fields are its options. The input program is never edited."""
+
+    name: ClassVar[str]
+
+    def decide(self, program: Program, calibration: Any, /) -> Decision: ...
+
+    def apply(self, program: Program, decision: Decision, /) -> PassResult: ...

@@ -1,0 +1,110 @@
+"""Specialise a program's graph for one row of its plan: reused sites become inputs, computed ones also outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from . import rewrite
+from .plan import Mask, Site
+from .program import Program
+from .rewrite import aten
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One static graph of the program.
+
+    inputs: graph input -> ("slot", name) or ("table", name). outputs: the slot that each output goes to, in order.
+    """
+
+    graph: fx.GraphModule
+    inputs: dict[str, tuple[str, str]]
+    outputs: tuple[str, ...]
+
+
+def state_slot(site: Site, order: int) -> str:
+    return f"{site.name}.state{order}"
+
+
+def cache_tables(program: Program) -> dict[str, Tensor]:
+    """Per-step coefficients of every site: '<site>.reuse' [steps, states] and '<site>.refresh' [steps, states - 1]."""
+    tables = {}
+    for site in program.plan.sites:
+        tables[f"{site.name}.reuse"] = torch.from_numpy(site.reuse)
+        if site.states > 1:
+            tables[f"{site.name}.refresh"] = torch.from_numpy(site.refresh)
+    return tables
+
+
+def build_variant(program: Program, mask: Mask) -> Variant:
+    """The graph that a step with this mask runs. A mask of all True still refreshes the states of every site."""
+    module = rewrite.clone(program.graph)
+    inputs = {name: _source(program, name) for name in rewrite.placeholders(module)}
+    slots = ["sample", "history"][: len(rewrite.output_values(module))]
+    results = list(rewrite.output_values(module))
+    for site, computed in zip(program.plan.sites, mask, strict=True):
+        emitted = _refresh(module, site, inputs) if computed else _reuse(module, site, inputs)
+        slots += [state_slot(site, order) for order in range(len(emitted))]
+        results += emitted
+    rewrite.output_node(module).args = (tuple(results),)
+    module.graph.eliminate_dead_code()
+    for name, node in rewrite.placeholders(module).items():
+        if not node.users:
+            module.graph.erase_node(node)
+            del inputs[name]
+    return Variant(rewrite.finish(module), inputs, tuple(slots))
+
+
+def _source(program: Program, name: str) -> tuple[str, str]:
+    return ("table", name) if name in program.tables else ("slot", name)
+
+
+def _refresh(module: fx.GraphModule, site: Site, inputs: dict[str, tuple[str, str]]) -> list[fx.Node]:
+    end = rewrite.output_node(module)
+    value = rewrite.node_named(module, site.value)
+    if site.base is not None:
+        value = rewrite.call(module, end, aten.sub.Tensor, value, rewrite.node_named(module, site.base))
+    states = [value]
+    if site.states > 1:
+        factors = _table_input(module, site, "refresh", inputs)
+    for order in range(1, site.states):
+        old = _state_input(module, site, order - 1, inputs)
+        change = rewrite.call(module, end, aten.sub.Tensor, states[-1], old)
+        factor = rewrite.call(module, end, aten.select.int, factors, 0, order - 1)
+        states.append(rewrite.call(module, end, aten.mul.Tensor, change, factor))
+    return states
+
+
+def _reuse(module: fx.GraphModule, site: Site, inputs: dict[str, tuple[str, str]]) -> list[fx.Node]:
+    value = rewrite.node_named(module, site.value)
+    coefficients = _table_input(module, site, "reuse", inputs) if site.states > 1 else None
+    total = None
+    for order in range(site.states):
+        term = _state_input(module, site, order, inputs)
+        if coefficients is not None:
+            factor = rewrite.call(module, value, aten.select.int, coefficients, 0, order)
+            term = rewrite.call(module, value, aten.mul.Tensor, term, factor)
+        total = term if total is None else rewrite.call(module, value, aten.add.Tensor, total, term)
+    assert total is not None
+    if site.base is not None:
+        total = rewrite.call(module, value, aten.add.Tensor, rewrite.node_named(module, site.base), total)
+    value.replace_all_uses_with(total)
+    return []
+
+
+def _state_input(module: fx.GraphModule, site: Site, order: int, inputs: dict[str, tuple[str, str]]) -> fx.Node:
+    name = f"{site.name}_state{order}"
+    example = rewrite.tensor_of(rewrite.node_named(module, site.value))
+    assert example is not None
+    inputs[name] = ("slot", state_slot(site, order))
+    return rewrite.add_input(module, name, example)
+
+
+def _table_input(module: fx.GraphModule, site: Site, kind: str, inputs: dict[str, tuple[str, str]]) -> fx.Node:
+    name = f"{site.name}_{kind}"
+    rows = site.reuse if kind == "reuse" else site.refresh
+    inputs[name] = ("table", f"{site.name}.{kind}")
+    return rewrite.add_input(module, name, torch.from_numpy(rows[0]))

@@ -1,0 +1,1 @@
+"""Lower a program to engines and a script, and write the bundle."""

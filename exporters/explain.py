@@ -1,0 +1,141 @@
+"""What a model, a plan or a bundle is, as trees and tables for a terminal. Nothing is measured, no weight of a bundle is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.tree import Tree
+
+from ..compiler.errors import PassError
+from ..compiler.flops import node_flops
+from ..compiler.ingest import Source, ingest
+from ..compiler.plan import Plan
+from ..compiler.program import Decision, Program
+from ..compiler.recipe import Recipe, options_of
+from ..compiler.regions import Region
+from ..compiler.rewrite import attribute
+from ..passes import PASSES, SHORT_NAMES
+from ..runtime.manifest import Call, Contract, read, verify
+from .build import Settings, check_recipe, source_of
+from .report import human
+
+
+def model_tree(model: str, shape: tuple[int, ...] | None, contract: Path | None, trust_pickle: bool) -> Tree:
+    """Regions with parameters and operations a sample, nested as they are in the network."""
+    return program_tree(ingest(Source(model, shape, contract, trust_pickle=trust_pickle)))
+
+
+def program_tree(program: Program) -> Tree:
+    nodes = {node.name: node for node in program.graph.graph.nodes}
+    total = sum(node_flops(node) for node in nodes.values())
+    tree = Tree(f"[bold]{program.name}[/bold]  {_size(program.parameters, total)} a step")
+    tree.add(contract_line(program.contract))
+    tree.add(f"sampler {program.sampler.name}, ring {program.sampler.ring}")
+    regions = tree.add("regions")
+    for region in program.regions:
+        _add_region(regions, region, program, nodes)
+    return tree
+
+
+def contract_line(contract: Contract) -> str:
+    shape = "x".join(str(size) for size in contract.sample.shape)
+    conditions = ", ".join(
+        f"{c.name} ({c.classes} classes)" if c.classes is not None else f"{c.name} {list(c.shape)}" for c in contract.conditions
+    )
+    return (
+        f"sample {shape}, predicts {contract.predicts}, {contract.steps} steps, guidance {contract.guidance:g}, "
+        f"batch {contract.batch.min}..{contract.batch.max}, conditions: {conditions or 'none'}"
+    )
+
+
+def _add_region(tree: Tree, region: Region, program: Program, nodes: Mapping[str, Any]) -> None:
+    own = [nodes[name] for name in region.nodes]
+    paths = {str(source.target) for node in own for source in node.all_input_nodes if source.op == "get_attr"}
+    parameters = sum(attribute(program.graph, path).numel() for path in paths)
+    kind = "block" if region.is_block else "stage" if region.children else "layer"
+    branches = [branch.name for stream in region.streams for branch in stream.branches] if region.is_block else []
+    text = f"{region.path.removeprefix('net.')}  [dim]{region.module_class}[/dim]  {kind}  {_size(parameters, sum(map(node_flops, own)))}"
+    child = tree.add(text + (f"  [dim]{' + '.join(branches)}[/dim]" if branches else ""))
+    for inner in region.children:
+        _add_region(child, inner, program, nodes)
+
+
+def _size(parameters: int, flops: float) -> str:
+    return f"{human(parameters)} parameters, {human(flops, 'flops')}"
+
+
+def plan_tree(model: str, output: Path, recipe: Recipe, settings: Settings) -> Tree:
+    """What `dcompile build` would do: the model as read, and each pass with all of its options. Checks all that a build checks."""
+    passes, gates, judge = check_recipe(recipe, settings)
+    program = ingest(source_of(model, recipe, settings))
+    tree = Tree(f"[bold]{model}[/bold] -> {output}  (dry run: nothing is measured or written)")
+    tree.add(contract_line(program.contract))
+    steps = tree.add("passes") if passes else tree.add("no passes: the model as it is")
+    for step in passes:
+        options = ", ".join(f"{name}={value}" for name, value in options_of(step).items())
+        branch = steps.add(f"[bold]{step.name}[/bold]  {options}")
+        if step.name == "cache_steps":
+            branch.add(_plan_line(program, step))
+    measured = f"{recipe.eval_samples} samples and a timing against the uncompressed model" if settings.evaluate else "nothing"
+    tree.add(f"calibration on {recipe.calibration_samples} samples; evaluation: {measured}")
+    tree.add(f"judge {recipe.judge if judge else 'none'}; gates: {', '.join(f'{g.metric}{g.op}{g.limit:g}' for g in gates) or 'none'}")
+    tree.add(f"target {recipe.target}; kept results in {settings.cache or 'nowhere'}")
+    return tree
+
+
+def _plan_line(program: Program, step: Any) -> str:
+    try:
+        plan: Plan = step.apply(program, Decision()).program.plan
+    except PassError as error:
+        return str(error)
+    full = [i for i in range(plan.steps) if all(plan.mask(i))]
+    return f"{len(plan.sites)} sites ({', '.join(site.name for site in plan.sites[:3])}{', ...' if len(plan.sites) > 3 else ''}); full steps: {full}"
+
+
+def bundle_tree(path: Path, check: bool) -> Tree:
+    """What is in a bundle, from its manifest alone; with `check`, every file is compared with its checksum too."""
+    manifest = read(path)
+    if check:
+        verify(path, manifest)
+    total = sum(file.bytes for file in manifest.files.values())
+    tree = Tree(f"[bold]{manifest.name}[/bold]  target {manifest.target}, {human(total, 'bytes')}, written by dcompile {manifest.dcompile}")
+    tree.add(contract_line(manifest.contract))
+    calls = [row.call for row in manifest.script if isinstance(row, Call)]
+    engines = tree.add(f"engines ({len(calls)} calls a sample)")
+    for name, engine in manifest.engines.items():
+        engines.add(f"{name}  {calls.count(name)} calls  [dim]{engine.file}, {human(manifest.files[engine.file].bytes, 'bytes')}[/dim]")
+    tree.add("script  " + " ".join(name[0].upper() if name == "full" else name[0] for name in calls) + "  [dim](F full, r reuse, m mixed)[/dim]")
+    files = tree.add("files" + (" (all match their checksums)" if check else ""))
+    for name, file in manifest.files.items():
+        files.add(f"{name}  {human(file.bytes, 'bytes')}")
+    tree.add("made with " + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
+    return tree
+
+
+def bench_table(found: Mapping[str, Any]) -> Table:
+    table = Table("bundle", "latency", "a step", "samples/s", "speed-up", "cold load", "peak memory", "on disk")
+    for name, row in found["bundles"].items():
+        table.add_row(
+            name,
+            f"{human(row['latency_s'], 's')}  [dim]{human(row['latency_min_s'], 's')}..{human(row['latency_max_s'], 's')}[/dim]",
+            human(row["step_s"], "s"),
+            f"{row['samples_per_s']:.3g}",
+            f"{row['speedup']:.2f}",
+            human(row["load_s"], "s"),
+            human(row["peak_rss_bytes"], "bytes"),
+            human(row["bundle_bytes"], "bytes"),
+        )
+    return table
+
+
+def passes_table() -> Table:
+    short = {full: name for name, full in SHORT_NAMES.items()}
+    table = Table("pass", "short", "options and defaults", "what it does", show_lines=True)
+    for name, cls in PASSES.items():
+        options = "\n".join(f"{field.name}={field.default!r}" for field in dataclasses.fields(cls))
+        table.add_row(name, short.get(name, ""), options, (cls.__doc__ or "").strip().split("\n\n")[0])
+    return table

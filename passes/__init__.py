@@ -1,0 +1,13 @@
+"""The passes, by the names that recipes use. A new pass is a file here and a line in each of these two tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .cache_steps import CacheSteps
+from .fold_timestep import FoldTimestep
+from .prune_layers import PruneLayers
+from .quantize import Quantize
+
+PASSES: dict[str, type[Any]] = {cls.name: cls for cls in (PruneLayers, CacheSteps, Quantize, FoldTimestep)}
+SHORT_NAMES = {"prune": "prune_layers", "cache": "cache_steps", "quant": "quantize", "fold": "fold_timestep"}

@@ -1,0 +1,1 @@
+"""Number formats, observers, rounding and bit allocation; no graph code."""

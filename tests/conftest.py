@@ -1,0 +1,78 @@
+"""What every test gets: fixed seeds, no network, and markers that skip with a reason."""
+
+import importlib.util
+import os
+import random
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports diffusers, which reads it once
+
+# The same examples in every run, and no limit on a single one: the machine may be busy.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("fixed")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden texts anew; review them as a diff")
+
+
+def why_skip(item: pytest.Item) -> str | None:
+    """None if this machine can run the test."""
+    wants_trt = item.get_closest_marker("trt") is not None
+    if wants_trt and not any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
+        return "needs tensorrt or tensorrt-rtx, which are not installed"
+    if wants_trt or item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            return "needs a CUDA device, and torch sees none"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if reason := why_skip(item):
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:  # a test of the runtime must not pay for its import
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = socket.socket.connect
+
+    def connect_here_only(self: socket.socket, address: tuple[str, int] | str) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test reached for the network: {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_here_only)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden("prune/one_block", text)` compares with tests/golden/prune/one_block.txt; --update-golden writes it."""
+
+    def compare(case: str, text: str) -> None:
+        path = GOLDEN / f"{case}.txt"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.exists(), f"{path} is missing: run pytest --update-golden and review it"
+        assert text == path.read_text(encoding="utf-8")
+
+    return compare

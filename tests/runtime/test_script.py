@@ -1,0 +1,93 @@
+"""The interpreter on engines that are plain arithmetic: what is run, in which order, and when it refuses."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from dcompile.runtime.engines import Array, Port
+from dcompile.runtime.errors import EngineError
+from dcompile.runtime.manifest import Call, EngineSpec, Jump, Slot, Table
+from dcompile.runtime.script import Stage, run
+
+
+class Arithmetic:
+    """x -> x + step, half."""
+
+    inputs: Mapping[str, Port] = {}
+    outputs: Mapping[str, Port] = {}
+
+    def run(self, inputs: dict[str, Array], /) -> dict[str, Array]:
+        x = inputs["x"] + inputs["step"]
+        return {"y": x, "half": (x / 2).reshape(())}
+
+
+TABLES = {"steps": np.array([1, 10, 100], dtype=np.float32)}
+ADD = EngineSpec("add", {"x": Slot("sample"), "step": Table("steps")}, {"y": Slot("sample"), "half": Slot("half")})
+PEEK = EngineSpec("peek", {"x": Slot("sample"), "step": Table("steps")}, {"half": Slot("half")})
+STAGES = {"add": Stage(ADD, Arithmetic()), "peek": Stage(PEEK, Arithmetic())}
+
+
+def start() -> dict[str, Array]:
+    return {"sample": np.zeros(1, dtype=np.float32)}
+
+
+def test_calls_take_their_rows() -> None:
+    slots = start()
+    spent = run([Call("add", 0), Call("add", 2), Call("add", 1)], STAGES, TABLES, slots)
+    assert slots["sample"] == 111
+    assert (spent.calls, spent.steps) == (3, 3)
+    assert spent.engines_s > 0
+
+
+@pytest.mark.parametrize(("below", "expected"), [(0.4, 101), (0.5, 101), (0.6, 1)])
+def test_a_jump_is_taken_only_if_strictly_less(below: float, expected: float) -> None:
+    slots = start()
+    run([Call("add", 0), Jump(3, "half", below), Call("add", 2)], STAGES, TABLES, slots)
+    assert slots["sample"] == expected
+
+
+def test_jumps_compare_in_float32_and_never_on_nan() -> None:
+    script: list[Call | Jump] = [Jump(2, "sample", 0.1), Call("add", 0)]
+    slots: dict[str, Array] = {"sample": np.array([0.1], dtype=np.float32)}  # above 0.1 as float64, equal as float32
+    assert run(script, STAGES, TABLES, slots).calls == 1
+    slots = {"sample": np.array([np.nan], dtype=np.float32)}
+    assert run(script, STAGES, TABLES, slots).calls == 1
+
+
+def test_a_jump_back_repeats_until_the_slot_grows() -> None:
+    slots = start()
+    run([Call("add", 0), Jump(0, "half", 2.0)], STAGES, TABLES, slots)
+    assert slots["sample"] == 4
+
+
+def test_an_endless_loop_ends() -> None:
+    scripts: list[list[Call | Jump]] = [[Call("peek", 0), Jump(0, "half", 9.0)], [Jump(0, "sample", 9.0)]]
+    for script in scripts:
+        with pytest.raises(EngineError, match="its jumps loop"):
+            run(script, STAGES, TABLES, start())
+
+
+def test_steps_end_where_the_sample_is_written() -> None:
+    calls: list[int] = []
+    steps: list[tuple[int, float]] = []
+    slots = start()
+    script = [Call("peek", 0), Call("add", 0), Call("peek", 0), Call("add", 1)]
+    spent = run(
+        script,
+        STAGES,
+        TABLES,
+        slots,
+        before_call=calls.append,
+        after_step=lambda step: steps.append((step, float(slots["sample"][0]))),
+    )
+    assert calls == [0, 1, 2, 3]
+    assert steps == [(1, 1.0), (2, 11.0)]
+    assert (spent.calls, spent.steps) == (4, 2)
+
+
+def test_unwritten_and_unfit_slots_are_named() -> None:
+    with pytest.raises(EngineError, match="slot 'half' is read before any engine has written it"):
+        run([Jump(1, "half", 0.0)], STAGES, TABLES, start())
+    with pytest.raises(EngineError, match=r"one float in slot 'sample', found shape \[2\]"):
+        run([Jump(1, "sample", 0.0)], STAGES, TABLES, {"sample": np.zeros(2, dtype=np.float32)})
