@@ -1,17 +1,19 @@
 """The command `dcompile`: compile a diffusion model, run what was built, and see what it cost.
 
-`dcompile MODEL ...` is short for `dcompile build MODEL ...`. Nothing here computes: each command reads its options, calls one
-function of the package, and prints. Errors that a user can act on are one line and an exit code; anything else is a bug.
+`dcompile MODEL ...` is short for `dcompile build MODEL ...`. Nothing here computes: each command reads its options,
+calls one function of the package, and prints. Errors that a user can act on are one line and an exit code; anything
+else is a bug.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,9 +27,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help=(
-        "Compile a trained diffusion model into an artifact to ship: smaller, faster, without PyTorch, with a report of what it cost."
-        "\n\n[bold]dcompile MODEL --passes prune,cache,quant,fold -o build/[/bold]   (short for `dcompile build MODEL ...`)"
-        "\n\n[bold]dcompile run build/ --label A --seed 0 -o sample.png[/bold]"
+        "Compile a trained diffusion model into an artifact to ship: "
+        "smaller, faster, without PyTorch, with a report of what it cost."
+        "\n\n[bold]dcompile MODEL --passes prune,cache,quant,fold -o build/NAME[/bold]"
+        "  (short for `dcompile build MODEL ...`)"
+        "\n\n[bold]dcompile run build/NAME --label A --seed 0 -o sample.png[/bold]"
     ),
 )
 out, err = Console(), Console(stderr=True)
@@ -41,41 +45,71 @@ class Verbosity(Enum):
 @app.command()
 def build(
     model: Annotated[
-        Optional[str],
-        typer.Argument(help="A diffusers model folder, model.pt2, model.pt, or package.module:factory.", show_default=False),
+        str | None,
+        typer.Argument(
+            help="A diffusers model folder, model.pt2, model.pt, or package.module:factory.", show_default=False
+        ),
     ] = None,
-    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Bundle directory to write. [default: build/NAME]")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Bundle directory to write. [default: build/NAME]")
+    ] = None,
     passes: Annotated[
-        Optional[str],
-        typer.Option(help="Passes in order, with options: prune:ratio=0.25,cache:interval=3,quant,fold. `dcompile passes` lists them."),
+        str | None,
+        typer.Option(
+            help="In order, with options: prune:ratio=0.25,cache:interval=3,quant,fold. `dcompile passes` lists them."
+        ),
     ] = None,
-    recipe: Annotated[Optional[Path], typer.Option(help="YAML file with any of these options; the command line overrides it.")] = None,
-    target: Annotated[Optional[str], typer.Option(help="Engine format. [default: onnx]")] = None,
-    shape: Annotated[Optional[str], typer.Option(help="Sample without the batch, for example 4x32x32. [default: from the config]")] = None,
-    contract: Annotated[Optional[Path], typer.Option(help="YAML with the roles of the inputs, for networks that are not diffusers'.")] = None,
-    sampler: Annotated[Optional[str], typer.Option(help="ddim, euler, dpm++2m, flow_euler, ... [default: the model's scheduler]")] = None,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Sampler steps. [default: the model's, or 30]")] = None,
-    guidance: Annotated[Optional[float], typer.Option(help="Classifier-free guidance scale; 1 is none. [default: the model's, or 1]")] = None,
-    judge: Annotated[Optional[Path], typer.Option(help="Folder with judge.onnx, to measure accuracy and Fréchet distance.")] = None,
-    gate: Annotated[Optional[str], typer.Option(help="Fail with exit code 3 unless met: accuracy_drop<=0.02,psnr>=20")] = None,
-    calibration_samples: Annotated[Optional[int], typer.Option(min=1, help="Samples that passes measure on. [default: 8]")] = None,
-    eval_samples: Annotated[Optional[int], typer.Option(min=0, help="Samples that quality is measured on. [default: 72]")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these options; the command line overrides it.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Engine format. [default: onnx]")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Sample without the batch, for example 4x32x32. [default: from the config]")
+    ] = None,
+    contract: Annotated[
+        Path | None, typer.Option(help="YAML with the roles of the inputs, for networks that are not diffusers'.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="ddim, euler, dpm++2m, flow_euler, ... [default: the model's scheduler]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps. [default: the model's, or 30]")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance scale; 1 is none. [default: the model's, or 1]")
+    ] = None,
+    judge: Annotated[
+        Path | None, typer.Option(help="Folder with judge.onnx, to measure accuracy and Fréchet distance.")
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="Fail with exit code 3 unless met: accuracy_drop<=0.02,psnr>=20")
+    ] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples that passes measure on. [default: 8]")
+    ] = None,
+    eval_samples: Annotated[
+        int | None, typer.Option(min=0, help="Samples that quality is measured on. [default: 72]")
+    ] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Build only: measure neither quality nor speed.")] = False,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of an engine. [default: it decides]")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be built, and stop before measuring anything.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an engine. [default: it decides]")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be built, and stop before measuring anything.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output directory that is no bundle.")] = False,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep results of earlier builds.")] = False,
-    cache_dir: Annotated[Optional[Path], typer.Option(help="Where results are kept. [default: ~/.cache/dcompile]")] = None,
-    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="Load a pickled module, running the code in it.")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Neither use nor keep results of earlier builds.")
+    ] = False,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where results are kept. [default: ~/.cache/dcompile]")] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Load a pickled module, running the code in it.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bars.")] = False,
 ) -> None:
     """Compile MODEL into a bundle: engines, the table that says which runs at each step, and a report."""
     from .compiler.ingest import model_name
     from .exporters import build as builder
 
-    plan = _recipe(recipe, model=model, target=target, shape=shape, contract=contract, sampler=sampler, steps=steps, guidance=guidance,
-                   judge=judge, gate=gate, calibration_samples=calibration_samples, eval_samples=eval_samples,
-                   passes=passes)  # fmt: skip
+    plan = _recipe(recipe, model=model, target=target, shape=shape, contract=contract, sampler=sampler, steps=steps,
+                   guidance=guidance, judge=judge, gate=gate, calibration_samples=calibration_samples,
+                   eval_samples=eval_samples, passes=passes)  # fmt: skip
     if plan.model is None:
         raise RequestError("no model: give a folder, a file or package.module:factory, or `model:` in the recipe")
     output = output or Path("build") / model_name(plan.model)
@@ -101,13 +135,23 @@ def build(
 @app.command()
 def run(
     bundle: Annotated[Path, typer.Argument(help="A bundle directory.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="sample.png for a picture, sample.npy for the numbers.")] = Path("sample.png"),
-    label: Annotated[Optional[list[str]], typer.Option("--label", "-l", help="Class of a sample, by name or number; repeat for more.")] = None,
-    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Samples, where no labels are given; labels are then taken in turn.")] = 1,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="sample.png for a picture, sample.npy for the numbers.")
+    ] = Path("sample.png"),
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", "-l", help="Class of a sample, by name or number; repeat for more."),
+    ] = None,
+    count: Annotated[
+        int,
+        typer.Option("-n", "--count", min=1, help="Samples, where no labels are given; labels are then taken in turn."),
+    ] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Sample i starts from seed + i.")] = 0,
-    conditions: Annotated[Optional[Path], typer.Option(help="An .npz or .safetensors file with the model's other inputs by name.")] = None,
-    columns: Annotated[Optional[int], typer.Option(min=1, help="Columns of the picture.")] = None,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of an engine. [default: it decides]")] = None,
+    conditions: Annotated[
+        Path | None, typer.Option(help="An .npz or .safetensors file with the model's other inputs by name.")
+    ] = None,
+    columns: Annotated[int | None, typer.Option(min=1, help="Columns of the picture.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an engine. [default: it decides]")] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Generate samples from BUNDLE, without PyTorch."""
@@ -116,18 +160,23 @@ def run(
     with _listener(quiet) as listener:
         listener.stage("loading")
         timing = generate_file(bundle, output, label, count, seed, conditions, columns, threads, listener.progress)
-    out.print(f"{output}  ({timing.steps} steps in {timing.total_s:.2f} s, {100 * timing.overhead_frac:.1f} % outside the engines)")
+    spent = f"{timing.steps} steps in {timing.total_s:.2f} s, {100 * timing.overhead_frac:.1f} % outside the engines"
+    out.print(f"{output}  ({spent})")
 
 
 @app.command()
 def inspect(
     what: Annotated[str, typer.Argument(help="A model (as for build) or a bundle directory.")],
-    shape: Annotated[Optional[str], typer.Option(help="Sample without the batch, for example 4x32x32.")] = None,
-    contract: Annotated[Optional[Path], typer.Option(help="YAML with the roles of the inputs.")] = None,
-    trust_pickle: Annotated[bool, typer.Option("--trust-pickle", help="Load a pickled module, running the code in it.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Of a bundle, also compare every file with its checksum.")] = False,
+    shape: Annotated[str | None, typer.Option(help="Sample without the batch, for example 4x32x32.")] = None,
+    contract: Annotated[Path | None, typer.Option(help="YAML with the roles of the inputs.")] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Load a pickled module, running the code in it.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Of a bundle, also compare every file with its checksum.")
+    ] = False,
 ) -> None:
-    """Show the regions of a model, with parameters and operations; or what is in a bundle, without reading its weights."""
+    """Show the regions of a model, with parameters and operations; or what is in a bundle, from its manifest alone."""
     from .exporters.explain import bundle_tree, model_tree
     from .runtime.manifest import FILE
 
@@ -145,8 +194,8 @@ def bench(
     bundles: Annotated[list[Path], typer.Argument(help="One or more bundles; each is compared with the first.")],
     batch: Annotated[int, typer.Option(min=1, help="Samples a request.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Timed requests of each bundle.")] = 5,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of an engine. [default: it decides]")] = None,
-    json: Annotated[Optional[Path], typer.Option(help="Also write the figures to this file.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an engine. [default: it decides]")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Time bundles against each other: interleaved requests in one process, medians."""
@@ -166,7 +215,9 @@ def bench(
 
 
 @app.command()
-def report(bundle: Annotated[Path, typer.Argument(help="A bundle, or the .report folder of a build that failed its gate.")]) -> None:
+def report(
+    bundle: Annotated[Path, typer.Argument(help="A bundle, or the .report folder of a build that failed its gate.")],
+) -> None:
     """Print the before/after table of a build, and where its pictures are."""
     from .exporters.report import read_report, terminal_table
 
@@ -191,7 +242,9 @@ def _recipe(path: Path | None, **given: Any) -> Any:
     given["shape"] = _shape(given["shape"])
     if given["passes"] is not None:
         given["passes"] = [given["passes"]]
-    return parse_recipe({**base, **{key: value for key, value in given.items() if value is not None}}, str(path or "command line"))
+    return parse_recipe(
+        {**base, **{key: value for key, value in given.items() if value is not None}}, str(path or "command line")
+    )
 
 
 def _shape(text: str | None) -> tuple[int, ...] | None:
@@ -221,6 +274,18 @@ class _Bars:
             self.bars.stop_task(self.task)
 
 
+class _Lines:
+    """For logs: a line as each stage begins, with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+
+    def stage(self, title: str) -> None:
+        err.print(f"[{time.monotonic() - self.started:7.1f} s] {title}", markup=False, highlight=False)
+
+    def progress(self, fraction: float, text: str) -> None: ...
+
+
 @contextmanager
 def _listener(quiet: bool) -> Iterator[Any]:
     from .exporters.build import Silent
@@ -228,9 +293,12 @@ def _listener(quiet: bool) -> Iterator[Any]:
     if quiet:
         yield Silent()
         return
-    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn(),
-               TimeRemainingColumn(), TextColumn("[dim]{task.fields[doing]}"))  # fmt: skip
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(bar_width=24),
+               TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("[dim]{task.fields[doing]}"))  # fmt: skip
+    if not err.is_terminal:
+        yield _Lines()
+        return
+    with Progress(*columns, console=err) as bars:
         listener = _Bars(bars)
         yield listener
         listener.done()

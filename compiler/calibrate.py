@@ -81,7 +81,9 @@ def calibration_requests(contract: Contract, count: int) -> tuple[dict[str, NDAr
 def calibrate(program: Program, count: int, progress: Progress = no_progress) -> Calibration:
     """Run `count` samples of the uncompressed program; they are the teacher of every pass."""
     conditions, seeds = calibration_requests(program.contract, count)
-    teacher = run(program, conditions, seeds, on_step=lambda step, _: progress((step + 1) / program.steps, "running the teacher"))
+    teacher = run(
+        program, conditions, seeds, on_step=lambda step, _: progress((step + 1) / program.steps, "running the teacher")
+    )
     return Calibration(conditions, seeds, teacher, progress)
 
 
@@ -100,7 +102,7 @@ def snapshots(program: Program, calibration: Calibration, count: int) -> list[tu
 
 @torch.no_grad()
 def output_error(program: Program, at: Sequence[tuple[int, list[Tensor]]], expected: Sequence[Tensor]) -> float:
-    """Mean over the snapshots of ||x' - expected|| / ||expected - x||: the error of a step relative to what the step does."""
+    """Mean over the snapshots of ||x' - expected|| / ||expected - x||: a step's error relative to what it does."""
     total = 0.0
     for (_, inputs), target in zip(at, expected, strict=True):
         found = program.graph(*inputs)[0]

@@ -1,4 +1,4 @@
-"""What can go wrong while compiling, by whose move is next. The command line prints the message and exits with `exit_code`."""
+"""What can go wrong while compiling, by whose move is next. The command line prints it and exits with `exit_code`."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def run(
 ) -> Tensor:
     """Samples [B, *shape] float32 for these seeds, by the program's own plan.
 
-    tap is called for each node named in `taps`. on_step(step, sample) is called after each step, on_inputs(step, mask, values)
-    before it with the inputs of the variant that it runs.
+    tap is called for each node named in `taps`. on_step(step, sample) is called after each step,
+    on_inputs(step, mask, values) before it, with the inputs of the variant that it runs.
     Raises PassError when a value stops being finite, naming the step.
     """
     tables = {**program.tables, **cache_tables(program)}
@@ -81,7 +81,10 @@ def run(
         results = _call(variant, values, step, tap, watched)
         slots.update(zip(variant.outputs, results, strict=True))
         if not torch.isfinite(slots["sample"]).all():
-            raise PassError(f"the sample is not finite after step {step + 1} of {program.steps}; a weight or a pass before it overflows")
+            raise PassError(
+                f"the sample is not finite after step {step + 1} of {program.steps}; "
+                "a weight or a pass before it overflows"
+            )
         if on_step:
             on_step(step, slots["sample"])
     return slots["sample"]
@@ -100,11 +103,10 @@ def _inputs(
     return values
 
 
-def _call(variant: Variant, values: list[Tensor], step: int, tap: Tap | None, watched: frozenset[str]) -> Sequence[Tensor]:
-    if tap is None:
-        results = variant.graph(*values)
-    else:
-        results = _Tapped(variant.graph, step, tap, watched).run(*values)
+def _call(
+    variant: Variant, values: list[Tensor], step: int, tap: Tap | None, watched: frozenset[str]
+) -> Sequence[Tensor]:
+    results = _Tapped(variant.graph, step, tap, watched).run(*values) if tap else variant.graph(*values)
     return results if isinstance(results, tuple | list) else (results,)
 
 

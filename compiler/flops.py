@@ -1,4 +1,4 @@
-"""Floating-point operations of a graph, by node, from the shapes that torch.export recorded. One multiply-add is two."""
+"""Floating-point operations of a graph, by node, from the shapes torch.export recorded. One multiply-add is two."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .variants import build_variant
 
 
 def node_flops(node: fx.Node) -> float:
-    """Operations of one node for one sample (both guidance halves where there are two); 0 for what is no matrix product."""
+    """Operations of one node for one sample, both guidance halves together; 0 for what is no matrix product."""
     if node.op != "call_function":
         return 0.0
     return _total(node) / EXAMPLE_BATCH
@@ -22,7 +22,9 @@ def node_flops(node: fx.Node) -> float:
 def sample_flops(program: Program) -> float:
     """Operations of all steps for one sample, by the plan."""
     plan = program.plan
-    by_mask = {mask: sum(node_flops(node) for node in build_variant(program, mask).graph.graph.nodes) for mask in plan.masks}
+    by_mask = {
+        mask: sum(node_flops(node) for node in build_variant(program, mask).graph.graph.nodes) for mask in plan.masks
+    }
     return sum(by_mask[plan.mask(step)] for step in range(plan.steps))
 
 
@@ -39,7 +41,9 @@ def _total(node: fx.Node) -> float:
         return 2.0 * prod(out) * _sizes(node.args[0])[-1]
     if is_call(node, aten.addmm.default):
         return 2.0 * prod(out) * _sizes(node.args[1])[-1]
-    if is_call(node, aten.conv2d.default, aten.conv3d.default, aten.convolution.default) or name.startswith("conv2d_int8"):
+    if is_call(node, aten.conv2d.default, aten.conv3d.default, aten.convolution.default) or name.startswith(
+        "conv2d_int8"
+    ):
         return 2.0 * prod(out) * prod(_sizes(node.args[1])[1:])
     if is_call(node, aten.scaled_dot_product_attention.default):
         query, key = _sizes(node.args[0]), _sizes(node.args[1])

@@ -53,11 +53,15 @@ def ingest(source: Source) -> Program:
     """
     network, folder = load_network(source.model, source.trust_pickle)
     check_finite(network)
-    scheduler_config = read_json(folder / "scheduler_config.json") if folder and (folder / "scheduler_config.json").exists() else None
+    scheduler_config = (
+        read_json(folder / "scheduler_config.json") if folder and (folder / "scheduler_config.json").exists() else None
+    )
     spec = network_spec(network, source, folder, scheduler_config)
     roles.check_roles(spec, network)
     if spec.sample_shape is None:
-        raise IngestError(f"{source.model}: the size of a sample is not known; give it with --shape, for example --shape 4x32x32")
+        raise IngestError(
+            f"{source.model}: the size of a sample is not known; give it with --shape, for example --shape 4x32x32"
+        )
     assert spec.predicts is not None
     scheduler = make_scheduler(source.sampler, scheduler_config, predicts=spec.predicts)
     steps = source.steps or spec.steps or DEFAULT_STEPS
@@ -93,7 +97,8 @@ def make_contract(spec: NetworkSpec, guidance: float, sampler: Any, folder: Path
         conditions.append(
             Condition(name, condition.dtype, condition.shape, condition.classes, _labels(condition, folder))
         )
-    assert spec.sample_shape is not None and spec.predicts is not None
+    assert spec.sample_shape is not None
+    assert spec.predicts is not None
     return Contract(
         sample=SampleSpec(spec.sample_shape, "float32"),
         value_range=spec.value_range,
@@ -128,7 +133,7 @@ def _labels(condition: roles.ConditionSpec, folder: Path | None) -> tuple[str, .
 def network_spec(
     network: nn.Module, source: Source, folder: Path | None, scheduler_config: Mapping[str, Any] | None
 ) -> NetworkSpec:
-    """The user's contract file, else the folder's contract.yaml over what the class tells, else what the class tells."""
+    """What the class tells, with the user's contract file, or else the folder's contract.yaml, over it."""
     given = source.contract or (folder / "contract.yaml" if folder and (folder / "contract.yaml").exists() else None)
     overrides = roles.read_yaml(given) if given else {}
     base: dict[str, Any] = {}
@@ -138,7 +143,8 @@ def network_spec(
         base = roles.infer_spec(network, shape, predicts).model_dump(exclude_none=True)
     elif not overrides:
         raise IngestError(
-            f"{type(network).__name__} is no diffusers class, so its inputs have no known roles; describe them in a contract: --contract FILE.yaml"
+            f"{type(network).__name__} is no diffusers class, so its inputs have no known roles; "
+            "describe them in a contract: --contract FILE.yaml"
         )
     merged = {**base, **overrides}
     if source.shape:
@@ -167,10 +173,15 @@ def load_network(model: str, trust_pickle: bool) -> tuple[nn.Module, Path | None
             return load_archive(path), path.parent
         if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
             return load_pickle(path, trust_pickle), path.parent
-        raise IngestError(f"{model}: unknown kind of file {path.suffix!r}; give a diffusers folder, a .pt2, a .pt, or package.module:factory")
+        raise IngestError(
+            f"{model}: unknown kind of file {path.suffix!r}; "
+            "give a diffusers folder, model.pt2, model.pt, or package.module:factory"
+        )
     if ":" in model and "/" not in model:
         return load_factory(model), None
-    raise IngestError(f"{model}: no such file or folder; give a diffusers folder, model.pt2, model.pt, or package.module:factory")
+    raise IngestError(
+        f"{model}: no such file or folder; give a diffusers folder, model.pt2, model.pt, or package.module:factory"
+    )
 
 
 def load_folder(folder: Path) -> nn.Module:
@@ -189,14 +200,20 @@ def load_folder(folder: Path) -> nn.Module:
     cls = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
     if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
         known = [n for n in dir(diffusers) if n.endswith("Model")]
-        raise IngestError(f"{folder}/config.json: diffusers has no model class {class_name!r}; {did_you_mean(str(class_name), known)}")
+        raise IngestError(
+            f"{folder}/config.json: diffusers has no model class {class_name!r}; {did_you_mean(str(class_name), known)}"
+        )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise IngestError(f"{folder}: has no .safetensors file; convert the weights to safetensors first (model.save_pretrained)")
+        raise IngestError(
+            f"{folder}: has no .safetensors file; convert the weights to safetensors first (model.save_pretrained)"
+        )
     for file in weights:
         check_safetensors(file)
     try:
-        network = cls.from_pretrained(str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True)
+        network = cls.from_pretrained(
+            str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+        )
     except Exception as error:
         raise IngestError(f"{folder}: diffusers cannot load it as {class_name}: {_last_line(error)}") from error
     return network  # type: ignore[no-any-return]
@@ -210,14 +227,18 @@ def check_safetensors(file: Path) -> None:
         with safe_open(file, framework="numpy") as handle:
             handle.keys()
     except (SafetensorError, OSError) as error:
-        raise IngestError(f"{file}: not a whole safetensors file ({_last_line(error)}); copy or download it again") from error
+        raise IngestError(
+            f"{file}: not a whole safetensors file ({_last_line(error)}); copy or download it again"
+        ) from error
 
 
 def load_archive(path: Path) -> nn.Module:
     try:
         exported = torch.export.load(str(path))
     except Exception as error:
-        raise IngestError(f"{path}: torch.export cannot load it ({_last_line(error)}); it must come from torch.export.save") from error
+        raise IngestError(
+            f"{path}: torch.export cannot load it ({_last_line(error)}); it must come from torch.export.save"
+        ) from error
     return ArchivedNetwork(exported)
 
 
@@ -266,12 +287,16 @@ def load_factory(spec: str) -> nn.Module:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise IngestError(f"{spec}: cannot import {module_name!r} ({error}); is it installed, or in this folder?") from error
+        raise IngestError(
+            f"{spec}: cannot import {module_name!r} ({error}); is it installed, or in this folder?"
+        ) from error
     finally:
         sys.path.pop(0)
     factory = getattr(module, attribute, None)
     if not callable(factory):
-        raise IngestError(f"{spec}: {module_name} has no callable {attribute!r}; {did_you_mean(attribute, dir(module))}")
+        raise IngestError(
+            f"{spec}: {module_name} has no callable {attribute!r}; {did_you_mean(attribute, dir(module))}"
+        )
     network = factory()
     if not isinstance(network, nn.Module):
         raise IngestError(f"{spec}: returned a {type(network).__name__}; a torch.nn.Module is needed")
@@ -283,7 +308,10 @@ def check_finite(network: nn.Module) -> None:
     for name, value in network.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             bad = int((~torch.isfinite(value)).sum())
-            raise IngestError(f"weight {name!r} holds {bad} values that are NaN or infinite (of {value.numel()}); the checkpoint is damaged")
+            raise IngestError(
+                f"weight {name!r} holds {bad} values that are NaN or infinite (of {value.numel()}); "
+                "the checkpoint is damaged"
+            )
 
 
 def read_json(path: Path) -> Any:
@@ -294,7 +322,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """"4x32x32" -> (4, 32, 32)."""
+    """ "4x32x32" -> (4, 32, 32)."""
     try:
         sizes = tuple(int(part) for part in text.lower().split("x"))
     except ValueError:

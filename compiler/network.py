@@ -1,4 +1,4 @@
-"""What a network takes and gives: the roles of its inputs, by table for diffusers classes, by YAML for anything else."""
+"""What a network takes and gives: the roles of its inputs, by table for diffusers classes, by YAML for any other."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 class ConditionSpec(BaseModel):
     """One conditioning input, shape without the batch.
 
-    classes: number of labels, when the input is a label. unconditional: the label that means "none" under guidance; where it is
-    absent, guidance asks for a second input, `negative_<name>`. constant: a number that is always fed, and not asked for.
+    classes: number of labels, when the input is a label. unconditional: the label that means "none" under guidance;
+    where it is absent, guidance asks for a second input, `negative_<name>`. constant: a number that is always fed, and
+    not asked for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,13 +30,15 @@ class ConditionSpec(BaseModel):
     dtype: Literal["float32", "int64", "bool"] = "float32"
     classes: int | None = None
     unconditional: int | None = None
-    labels: str | tuple[str, ...] | None = Field(default=None, description="class names, or a JSON file beside the model")
+    labels: str | tuple[str, ...] | None = Field(
+        default=None, description="class names, or a JSON file beside the model"
+    )
     constant: float | None = None
     batched: bool = True
 
 
 class NetworkSpec(BaseModel):
-    """The roles of a network's inputs. The file form is YAML: `contract.yaml` in the model's folder, or --contract FILE."""
+    """The roles of a network's inputs. As a file: YAML, `contract.yaml` in the model's folder or --contract FILE."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,11 +53,14 @@ class NetworkSpec(BaseModel):
     steps: int | None = Field(default=None, description="default of --steps")
 
 
-# Arguments of diffusers networks, by name: the shape's entries are sizes, or the config keys that hold them (first that is set);
-# "tokens" is the number of text tokens. An argument that is not here must be optional.
+# Arguments of diffusers networks, by name: the shape's entries are sizes, or the config keys that hold them (the first
+# that is set); "tokens" is the number of text tokens. An argument that is not here must be optional.
 SAMPLE_ARGUMENTS = ("hidden_states", "sample")
 CONDITION_ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "encoder_hidden_states": ("tokens", ("caption_channels", "joint_attention_dim", "text_dim", "text_embed_dim", "cross_attention_dim")),
+    "encoder_hidden_states": (
+        "tokens",
+        ("caption_channels", "joint_attention_dim", "text_dim", "text_embed_dim", "cross_attention_dim"),
+    ),
     "pooled_projections": (("pooled_projection_dim",),),
     "encoder_attention_mask": ("tokens",),
 }
@@ -77,7 +83,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise IngestError(f"contract {path}: cannot be read ({str(error).splitlines()[0]})") from error
     if not isinstance(data, dict):
-        raise IngestError(f"contract {path}: needs a mapping with at least `sample: <argument name>`; found {type(data).__name__}")
+        raise IngestError(
+            f"contract {path}: needs a mapping with at least `sample: <argument name>`; found {type(data).__name__}"
+        )
     return data
 
 
@@ -97,14 +105,22 @@ def check_roles(spec: NetworkSpec, network: nn.Module) -> None:
     parameters = inspect.signature(network.forward).parameters
     names = getattr(network, "argument_names", None) or tuple(parameters)
     class_name = type(network).__name__
-    for role, name in [("sample", spec.sample), ("timestep", spec.timestep), *(("condition", n) for n in spec.conditions)]:
+    for role, name in [
+        ("sample", spec.sample),
+        ("timestep", spec.timestep),
+        *(("condition", n) for n in spec.conditions),
+    ]:
         if name not in names:
-            raise IngestError(f"contract: {role} is {name!r}, but {class_name}.forward takes {', '.join(names)}; name one of these")
+            raise IngestError(
+                f"contract: {role} is {name!r}, but {class_name}.forward takes {', '.join(names)}; name one of these"
+            )
     given = {spec.sample, spec.timestep, *spec.conditions}
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and parameter.kind not in optional and name not in given:
-            raise IngestError(f"contract: {class_name}.forward needs {name!r}, which has no role; add it under `conditions`")
+            raise IngestError(
+                f"contract: {class_name}.forward needs {name!r}, which has no role; add it under `conditions`"
+            )
 
 
 def infer_spec(network: nn.Module, shape: Sequence[int] | None, predicts: str | None) -> NetworkSpec:
@@ -119,7 +135,10 @@ def infer_spec(network: nn.Module, shape: Sequence[int] | None, predicts: str | 
     parameters = inspect.signature(network.forward).parameters
     sample = next((name for name in SAMPLE_ARGUMENTS if name in parameters), None)
     if sample is None or not config:
-        raise IngestError(f"{class_name}: cannot tell what its arguments ({', '.join(parameters)}) mean; give a contract with --contract FILE.yaml")
+        raise IngestError(
+            f"{class_name}: cannot tell what its arguments ({', '.join(parameters)}) mean; "
+            "give a contract with --contract FILE.yaml"
+        )
     conditions = _label_conditions(class_name, config, parameters)
     for name, entries in CONDITION_ARGUMENTS.items():
         if name in parameters and (sizes := _sizes(entries, config, family)) is not None:
@@ -138,7 +157,9 @@ def infer_spec(network: nn.Module, shape: Sequence[int] | None, predicts: str | 
     )
 
 
-def _label_conditions(class_name: str, config: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, ConditionSpec]:
+def _label_conditions(
+    class_name: str, config: Mapping[str, Any], parameters: Mapping[str, Any]
+) -> dict[str, ConditionSpec]:
     if "class_labels" not in parameters:
         return {}
     if config.get("norm_type") in ("ada_norm_zero", "ada_norm") and (count := config.get("num_embeds_ada_norm")):
@@ -164,10 +185,17 @@ def _sizes(entries: tuple[Any, ...], config: Mapping[str, Any], family: Mapping[
 def _sample_shape(class_name: str, config: Mapping[str, Any], family: Mapping[str, Any]) -> tuple[int, ...]:
     channels, size = config.get("in_channels"), config.get("sample_size")
     if family.get("video") or family.get("packed") or channels is None or size is None:
-        example = "16x5x32x32 (channels, frames, height, width)" if family.get("video") else "4x64x64 (channels, height, width)"
+        example = (
+            "16x5x32x32 (channels, frames, height, width)"
+            if family.get("video")
+            else "4x64x64 (channels, height, width)"
+        )
         if family.get("packed"):
             example = "1024x64 (tokens, channels)"
-        raise IngestError(f"{class_name}: its config does not tell the size of a sample; give it as --shape, for example --shape {example}")
+        raise IngestError(
+            f"{class_name}: its config does not tell the size of a sample; "
+            f"give it as --shape, for example --shape {example}"
+        )
     height, width = (size, size) if isinstance(size, int) else size
     return (int(channels), int(height), int(width))
 

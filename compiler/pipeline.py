@@ -20,7 +20,10 @@ VERSION = 1  # of what the store keeps: raise it when a pass decides differently
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass as it went: its record, and the program's size and error after it. seconds: measuring and rewriting, 0 if kept."""
+    """One pass as it went: its record, and the program's size and error after it.
+
+    seconds: of measuring and rewriting; 0 if the store held what was measured.
+    """
 
     name: str
     options: Mapping[str, Any]
@@ -43,7 +46,8 @@ def run_passes(
 ) -> tuple[Program, tuple[Stage, ...]]:
     """The compressed program and how each pass went. Decisions and errors that the store holds are not measured again.
 
-    on_pass(index, name) is called as each pass begins. Raises PassError naming the step that failed or broke its promise.
+    on_pass(index, name) is called as each pass begins.
+    Raises PassError naming the step that failed or broke its promise.
     """
     key = digest(VERSION, fingerprint(program), samples)
     calibration = _teacher(program, samples, store, key, progress) if passes else None
@@ -81,7 +85,7 @@ def run_passes(
 
 
 def apply_checked(step: Pass, program: Program, decision: Decision) -> PassResult:
-    """Apply a pass; raises PassError if it edited its input, or says that it changed nothing and did (or the reverse)."""
+    """Apply a pass; raises PassError if it edited its input, or says it changed nothing and did (or the reverse)."""
     before = _state(program)
     try:
         result = step.apply(program, decision)
@@ -93,7 +97,9 @@ def apply_checked(step: Pass, program: Program, decision: Decision) -> PassResul
         raise PassError("the pass edited the program it was given; a pass works on a copy")
     same = result.program.graph is program.graph and result.program.plan is program.plan
     if same != (result.record.changed == 0):
-        raise PassError(f"the pass reports {result.record.changed} changes, but its program is {'the same' if same else 'another'}")
+        raise PassError(
+            f"the pass reports {result.record.changed} changes, but its program is {'the same' if same else 'another'}"
+        )
     result.program.graph.graph.lint()
     return result
 

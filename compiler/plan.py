@@ -1,8 +1,9 @@
 """The cache plan: which sites each step computes and which it takes from earlier steps.
 
 A site's reuse value is `base + sum_k reuse[step, k] * state_k`. A step that computes the site refreshes the states:
-state_0 = value - base, state_k = (state_{k-1} - its old value) * refresh[step, k-1]. This one form covers copies (one state,
-no base), residual deltas (one state, base = the region's input) and Taylor predictors of any order (backward differences).
+state_0 = value - base, state_k = (state_{k-1} - its old value) * refresh[step, k-1]. This one form covers copies (one
+state, no base), residual deltas (one state, base = the region's input) and Taylor predictors of any order (backward
+differences).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Site:
     """A value of the graph that may be taken from earlier steps.
 
     value: node name. base: node name that the reuse value is added to (residual delta), or None (copy).
-    computed: [steps], True where the step computes the value. reuse: float32 [steps, states]; refresh: float32 [steps, states - 1].
+    computed: [steps], True where the step computes the value.
+    reuse: float32 [steps, states]. refresh: float32 [steps, states - 1].
     """
 
     name: str
@@ -36,7 +38,9 @@ class Site:
 
     def __post_init__(self) -> None:
         if not self.computed or not self.computed[0]:
-            raise PassError(f"cache site {self.name!r}: step 0 reuses a value that no step has computed; step 0 must compute it")
+            raise PassError(
+                f"cache site {self.name!r}: step 0 reuses a value that no step has computed; step 0 must compute it"
+            )
 
     @property
     def states(self) -> int:
@@ -54,7 +58,8 @@ class Plan:
         for site in self.sites:
             if len(site.computed) != self.steps:
                 raise PassError(
-                    f"cache site {site.name!r} plans {len(site.computed)} steps, the sampler has {self.steps}; plan it again"
+                    f"cache site {site.name!r} plans {len(site.computed)} steps, the sampler has {self.steps}; "
+                    "plan it again"
                 )
 
     def mask(self, step: int) -> Mask:
@@ -77,10 +82,11 @@ def every(interval: int, steps: int, warmup: int = 0, last: int = 0) -> Mask:
 
 
 def taylor(computed: Sequence[bool], order: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Coefficients of the order-`order` Taylor predictor on backward differences: (reuse [T, order+1], refresh [T, order]).
+    """(reuse [T, order+1], refresh [T, order]) of the Taylor predictor of that order on backward differences.
 
-    With s steps since the last computed one, value = sum_k state_k * s^k / k!; state_k is divided by the gap between the last
-    two computed steps, for every k (TaylorSeer, 2503.06923). Orders that have not enough computed steps behind them count 0.
+    With s steps since the last computed one, value = sum_k state_k * s^k / k!; state_k is divided by the gap between
+    the last two computed steps, for every k (TaylorSeer, 2503.06923). Orders that have not enough computed steps behind
+    them count 0.
     """
     steps = len(computed)
     reuse = np.zeros((steps, order + 1), np.float32)

@@ -1,4 +1,4 @@
-"""What is being compiled: one sampler step as a graph, the rows that drive it, and the plan of what each step computes."""
+"""What is being compiled: one sampler step as a graph, the rows that drive it, and the plan of what a step computes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Record:
 class Program:
     """A diffusion model with its sampler, executable in PyTorch after every pass.
 
-    graph: one whole step, (sample, [history], conditions, tables, [noise]) -> (next sample, [history]), batch first and dynamic.
+    graph: one whole step, (sample, [history], conditions, tables, [noise]) -> (next sample, [history]); the batch comes
+    first and is dynamic.
     contract: what a user gives and gets. sampler: the rows of coefficients, one a network call.
     tables: graph inputs that change by step, name -> [steps, ...]; the runtime feeds row i at call i.
     plan: per step and site, compute or reuse. history: one record a pass.
@@ -71,7 +72,8 @@ class Program:
 class Decision:
     """What a pass found out by measuring: enough to apply the pass again without measuring. Kept on disk between runs.
 
-    choices: JSON-able. tensors: name -> array. A pass is `decide` (slow, reads the trajectory) then `apply` (fast, pure).
+    A pass is `decide` (slow, reads the trajectory) then `apply` (fast, pure).
+    choices: JSON-able. tensors: name -> array.
     """
 
     choices: Mapping[str, Any] = field(default_factory=dict)
@@ -85,7 +87,7 @@ class PassResult:
 
 
 class Pass(Protocol):
-    """`Program -> PassResult`, as a frozen dataclass whose fields are its options. The input program is never edited."""
+    """`Program -> PassResult`, a frozen dataclass whose fields are its options. The input program is never edited."""
 
     name: ClassVar[str]
 

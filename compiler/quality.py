@@ -34,8 +34,8 @@ PAIRED = ("psnr", "ssim", "relative_error")
 LABELLED = ("accuracy", "accuracy_before", "accuracy_drop")  # need a judge, and classes to ask for
 AGAINST_REAL = ("frechet", "frechet_before", "frechet_increase")  # need a judge, and its reference
 JUDGED = (*LABELLED, *AGAINST_REAL, "feature_distance")
-# Of the artifact, measured elsewhere. A speed-up is before / after, every other ratio after / before.
-MEASURED = ("latency_speedup", "latency_s", "load_s", "size_ratio", "memory_ratio", "parameter_ratio", "flops_ratio")
+# Of the artifact, measured elsewhere. The speed-up is before / after, every ratio after / before.
+MEASURED = ("speedup", "size_ratio", "flops_ratio")
 METRICS = (*PAIRED, *JUDGED, *MEASURED)
 
 _WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03

@@ -46,7 +46,9 @@ def read_recipe(path: Path) -> Recipe:
     except (OSError, yaml.YAMLError) as error:
         raise RecipeError(f"recipe {path}: cannot be read ({str(error).splitlines()[0]})") from error
     if not isinstance(data, dict):
-        raise RecipeError(f"recipe {path}: needs a mapping such as `passes: [prune, cache, quant]`; found {type(data).__name__}")
+        raise RecipeError(
+            f"recipe {path}: needs a mapping such as `passes: [prune, cache, quant]`; found {type(data).__name__}"
+        )
     return parse_recipe(data, str(path))
 
 
@@ -71,7 +73,9 @@ def parse_passes(text: str) -> list[Step]:
         name, colon, option = part.partition(":")
         if "=" in name and not colon:
             if not steps:
-                raise RecipeError(f"--passes {text!r}: starts with the option {part!r}; name the pass first, as in prune:ratio=0.25")
+                raise RecipeError(
+                    f"--passes {text!r}: starts with the option {part!r}; name the pass first, as in prune:ratio=0.25"
+                )
             steps[-1][1].update(_option(part, text))
             continue
         steps.append((name, _option(option, text) if colon else {}))
@@ -99,7 +103,9 @@ def build_passes(steps: Sequence[Step], known: Mapping[str, type[Any]], short: M
     return tuple(_build(number, name, options, known, short) for number, (name, options) in enumerate(steps, 1))
 
 
-def _build(number: int, name: str, options: Mapping[str, Any], known: Mapping[str, type[Any]], short: Mapping[str, str]) -> Pass:
+def _build(
+    number: int, name: str, options: Mapping[str, Any], known: Mapping[str, type[Any]], short: Mapping[str, str]
+) -> Pass:
     cls = known.get(short.get(name, name))
     if cls is None:
         raise RecipeError(f"step {number}: no pass is called {name!r}; {did_you_mean(name, [*short, *known])}")

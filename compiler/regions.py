@@ -1,8 +1,8 @@
 """Find the structure of a network in its graph: blocks, their residual streams, and the branches that feed those.
 
-A *region* is what one item of a ModuleList computes. It is a *block* when it carries a residual stream (an output that is
-an input plus something) and a *stage* otherwise (a U-Net's down or up stage, whose shapes change); stages nest blocks.
-Regions are found from the module paths that torch.export leaves on the nodes.
+A *region* is what one item of a ModuleList computes. It is a *block* when it carries a residual stream (an output that
+is an input plus something) and a *stage* otherwise (a U-Net's down or up stage, whose shapes change); stages nest
+blocks. Regions are found from the module paths that torch.export leaves on the nodes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Branch:
     """One term added to a residual stream.
 
     name: path of the submodule that made it, relative to the region ("attn1", "ff").
-    update: node that is added; value: the same before its gate (equal to `update` where there is none); add: the addition.
+    update: node that is added. value: the same before its gate (equal to `update` where there is none). add: the
+    addition.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Stream:
-    """A residual stream through a region: node names at its entry and exit, and the branches added on the way, in order."""
+    """A residual stream through a region: node names at its entry and exit, and the branches added on the way."""
 
     entry: str
     exit: str
@@ -80,7 +81,7 @@ def all_blocks(module: fx.GraphModule) -> tuple[Region, ...]:
 
 
 def module_path(node: fx.Node) -> tuple[tuple[str, str], ...]:
-    """((path, class), ...) of the modules whose call made this node, outermost first; a repeated call has its own path."""
+    """((path, class), ...) of the modules whose call made this node, outermost first; each repeated call has a path."""
     stack = node.meta.get("nn_module_stack") or {}
     found = []
     for key, (path, cls) in stack.items():

@@ -24,10 +24,11 @@ _DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 
 
 class Step(nn.Module):
-    """One sampler step: input scale, the network under guidance, output conversion, ring, update (design: samplers as rows).
+    """One sampler step: input scale, the network under guidance, output conversion, ring, update.
 
     forward(sample, [history], *conditions, timestep, row, [noise]) -> (next sample, [next history]).
-    row = (s, p, q, a, n, b_0..b_{K-1}): x_in = s x; m = net(x_in); D = p x + q m; x' = a x + sum_j b_j H_j + n noise, H_0 = D.
+    row = (s, p, q, a, n, b_0..b_{K-1}):
+    x_in = s x; m = net(x_in); D = p x + q m; x' = a x + sum_j b_j H_j + n noise, H_0 = D.
     Under guidance both halves run as one batch, the conditional half first: m = u + g (c - u).
     """
 
@@ -80,7 +81,9 @@ class Step(nn.Module):
             value = given[name]
             if self.guided:
                 label = condition.unconditional
-                value = torch.cat([value, torch.full_like(value, label) if label is not None else given[f"negative_{name}"]])
+                value = torch.cat(
+                    [value, torch.full_like(value, label) if label is not None else given[f"negative_{name}"]]
+                )
             arguments[name] = value
         for name, extra in self.extras.items():
             arguments[name] = getattr(self, extra) if isinstance(extra, str) else extra
@@ -117,7 +120,9 @@ def example_inputs(step: Step) -> dict[str, Tensor]:
         condition = step.spec.conditions[name.removeprefix("negative_")]
         dtype = _DTYPES[condition.dtype]
         size = (EXAMPLE_BATCH, *condition.shape)
-        values[name] = torch.randn(size, generator=generator) if dtype.is_floating_point else torch.zeros(size, dtype=dtype)
+        values[name] = (
+            torch.randn(size, generator=generator) if dtype.is_floating_point else torch.zeros(size, dtype=dtype)
+        )
     values["timestep"] = torch.tensor([500.0])
     values["row"] = torch.ones(5 + step.ring)
     if step.stochastic:
@@ -136,7 +141,10 @@ def export_step(step: Step) -> fx.GraphModule:
             step(*values.values())
     except Exception as error:
         shape = "x".join(str(size) for size in step.spec.sample_shape or ())
-        raise IngestError(f"{type(step.net).__name__} refuses a sample of shape {shape}: {_first_line(error)}; give another with --shape") from error
+        raise IngestError(
+            f"{type(step.net).__name__} refuses a sample of shape {shape}: {_first_line(error)}; "
+            "give another with --shape"
+        ) from error
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     try:
         return flatten(_export(step, values, batch), list(values))
@@ -145,8 +153,8 @@ def export_step(step: Step) -> fx.GraphModule:
             raise IngestError(f"{type(step.net).__name__} cannot be exported: {_first_line(error)}") from error
     except Exception as error:
         raise IngestError(f"{type(step.net).__name__} cannot be exported: {_first_line(error)}") from error
-    # The network asks how large the batch is (diffusers' upsampling makes large batches contiguous). Export the branch that
-    # the example takes, and keep it only if it gives the same numbers where the other branch would run.
+    # The network asks how large the batch is (diffusers' upsampling makes large batches contiguous). Export the branch
+    # that the example takes, and keep it only if it gives the same numbers where the other branch would run.
     graph = flatten(_export(step, values, torch.export.Dim.DYNAMIC), list(values))
     for size in (1, MAX_BATCH):
         check_at_batch(step, graph, values, size)
@@ -162,7 +170,10 @@ def _export(step: Step, values: Mapping[str, Tensor], batch: Any) -> fx.GraphMod
 @contextmanager
 def _quiet_export() -> Iterator[None]:
     """torch logs the traceback of a violated constraint before raising it; we handle it, or say it in one line."""
-    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._dynamo", "torch")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._dynamo", "torch")
+    ]
     levels = [logger.level for logger in loggers]
     stderr = io.StringIO()
     for logger in loggers:
@@ -182,7 +193,8 @@ def check_at_batch(step: Step, graph: fx.GraphModule, values: Mapping[str, Tenso
         for expected, found in zip(step(*resized), graph(*resized), strict=True):
             if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5):
                 raise IngestError(
-                    f"{type(step.net).__name__} computes something else at batch {size} than at {EXAMPLE_BATCH}; its batch cannot be dynamic"
+                    f"{type(step.net).__name__} computes something else at batch {size} than at {EXAMPLE_BATCH}; "
+                    "its batch cannot be dynamic"
                 )
 
 
@@ -197,14 +209,14 @@ def flatten(module: fx.GraphModule, names: list[str]) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.op == "call_module" or is_call(node, aten._assert_tensor_metadata.default, aten._assert_scalar.default):
             graph.erase_node(node)
-    values, = rewrite.output_node(module).args
+    (values,) = rewrite.output_node(module).args
     flat = tuple(torch.utils._pytree.tree_leaves(values)) if not isinstance(values, fx.Node) else (values,)
     rewrite.output_node(module).args = (flat,)
     return drop_no_ops(fx.GraphModule(module, graph))
 
 
 def drop_no_ops(module: fx.GraphModule) -> fx.GraphModule:
-    """Remove casts to the same type, dropout outside training, clones, and products with or sums to a neutral number."""
+    """Remove casts to the same type, dropout outside training, clones, products with 1 and sums with 0."""
     for node in list(module.graph.nodes):
         if _is_no_op(node):
             node.replace_all_uses_with(node.args[0])
@@ -217,7 +229,18 @@ def _is_no_op(node: fx.Node) -> bool:
     source, value = rewrite.tensor_of(node.args[0]), rewrite.tensor_of(node)
     if source is None or value is None or source.dtype != value.dtype or source.shape != value.shape:
         return False
-    if is_call(node, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.detach_.default):
+    if is_call(
+        node,
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.device,
+        aten.type_as.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.detach_.default,
+    ):
         return True
     if is_call(node, aten.dropout.default):
         return True

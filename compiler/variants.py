@@ -17,7 +17,8 @@ from .rewrite import aten
 class Variant:
     """One static graph of the program.
 
-    inputs: graph input -> ("slot", name) or ("table", name). outputs: the slot that each output goes to, in order.
+    inputs: graph input -> ("slot", name) or ("table", name), in the graph's order.
+    outputs: the slot that each output goes to, in order.
     """
 
     graph: fx.GraphModule
@@ -50,12 +51,13 @@ def build_variant(program: Program, mask: Mask) -> Variant:
         slots += [state_slot(site, order) for order in range(len(emitted))]
         results += emitted
     rewrite.output_node(module).args = (tuple(results),)
-    module.graph.eliminate_dead_code()
+    rewrite.drop_dead(module)
     for name, node in rewrite.placeholders(module).items():
         if not node.users:
             module.graph.erase_node(node)
             del inputs[name]
-    return Variant(rewrite.finish(module), inputs, tuple(slots))
+    ordered = {name: inputs[name] for name in rewrite.placeholders(module)}
+    return Variant(rewrite.finish(module), ordered, tuple(slots))
 
 
 def _source(program: Program, name: str) -> tuple[str, str]:

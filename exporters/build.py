@@ -61,7 +61,10 @@ class Built:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to build, as opposed to what. cache: folder of kept results, or None to keep none. threads: None lets engines decide."""
+    """How to build, as opposed to what.
+
+    cache: folder of kept results, or None to keep none. threads: None lets engines decide.
+    """
 
     trust_pickle: bool = False
     force: bool = False
@@ -75,11 +78,14 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcompile"
 
 
-def compile_model(model: str, output: str | Path, recipe: Recipe | None = None, settings: Settings | None = None) -> Built:
+def compile_model(
+    model: str, output: str | Path, recipe: Recipe | None = None, settings: Settings | None = None
+) -> Built:
     """Compile `model` by `recipe` into the bundle directory `output`.
 
-    Everything that can be refused is refused before any work. The bundle appears whole, or not at all. Raises GateError, after
-    writing the report to `<output>.report`, when a gate of the recipe is not met; other DcompileErrors for everything else.
+    Everything that can be refused is refused before any work. The bundle appears whole, or not at all.
+    Raises GateError, after writing the report to `<output>.report`, when a gate of the recipe is not met; other
+    DcompileErrors for everything else.
     """
     recipe, settings, output = recipe or Recipe(), settings or Settings(), Path(output)
     passes, gates, judge = check_recipe(recipe, settings)
@@ -113,7 +119,9 @@ def compile_model(model: str, output: str | Path, recipe: Recipe | None = None, 
     return Built(output, report)
 
 
-def check_recipe(recipe: Recipe, settings: Settings) -> tuple[tuple[Pass, ...], tuple[quality.Gate, ...], quality.Judge | None]:
+def check_recipe(
+    recipe: Recipe, settings: Settings
+) -> tuple[tuple[Pass, ...], tuple[quality.Gate, ...], quality.Judge | None]:
     """Passes, gates and judge of a recipe. Raises RecipeError for what is unknown, before any work."""
     if recipe.target not in TARGETS:
         raise RecipeError(f"--target {recipe.target!r}: no such target; {did_you_mean(recipe.target, TARGETS)}")
@@ -155,14 +163,18 @@ def effective_recipe(model: str, recipe: Recipe, passes: Sequence[Pass], program
 def export(
     program: Program, target: str, recipe: Mapping[str, Any], folder: Path, settings: Settings
 ) -> tuple[tuple[Parity, ...], dict[str, dict[str, int]]]:
-    """Lower, write the engines, compare each with the program, write the bundle. -> parity, and operators as they really run."""
+    """Lower, write the engines, compare each with the program, write the bundle. -> parity, operators as they run."""
     listener = settings.listener
     listener.stage(f"exporting for {target}")
     lowered = lower(program)
     order = list(lowered.engines)
-    files = TARGETS[target](lowered, folder, lambda name: listener.progress(order.index(name) / len(order), f"engine {name}"))
+    files = TARGETS[target](
+        lowered, folder, lambda name: listener.progress(order.index(name) / len(order), f"engine {name}")
+    )
     listener.stage("comparing engines with the program")
-    parity = check_parity(program, lowered, folder, files, target, settings.threads, lambda f: listener.progress(f, "parity"))
+    parity = check_parity(
+        program, lowered, folder, files, target, settings.threads, lambda f: listener.progress(f, "parity")
+    )
     operators = {name: dict(onnx_target.fused_operators(folder / file)) for name, file in files.items()}
     for name, engine in lowered.engines.items():
         onnx_target.check_fusion(name, engine.graph, operators[name])
@@ -220,7 +232,7 @@ def measure(
     report: dict[str, Any], baseline: Path, folder: Path, count: int, judge: quality.Judge | None, store: Store,
     original: Program, settings: Settings,
 ) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]:  # fmt: skip
-    """Add quality, speed and memory to the report. -> images of both bundles from the same seeds, where they can be shown."""
+    """Add quality, speed and memory to the report. -> images of both bundles, same seeds, where they can be shown."""
     listener = settings.listener
     images: tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None] = (None, None)
     figures: dict[str, float] = {}
@@ -248,12 +260,16 @@ def measure(
     return images
 
 
-def _kept_samples(baseline: Path, count: int, store: Store, original: Program, settings: Settings) -> NDArray[np.float32]:
+def _kept_samples(
+    baseline: Path, count: int, store: Store, original: Program, settings: Settings
+) -> NDArray[np.float32]:
     key = digest("baseline samples", fingerprint(original), baseline.name.startswith("baseline"), count)
     kept = store.get(key)
     if kept:
         return kept[1]["samples"]
-    samples = sample(baseline, count, settings.threads, lambda f: settings.listener.progress(f, "the uncompressed model"))
+    samples = sample(
+        baseline, count, settings.threads, lambda f: settings.listener.progress(f, "the uncompressed model")
+    )
     store.put(key, {"count": count}, {"samples": samples})
     return samples
 
@@ -277,7 +293,9 @@ def _memory(folder: Path, threads: int | None) -> dict[str, float]:
     return {"pss_all_bytes": everything, "pss_one_bytes": alone, "ratio": everything / alone}
 
 
-def _measured_rows(before: Mapping[str, Any], after: Mapping[str, Any], figures: Mapping[str, float]) -> list[dict[str, Any]]:
+def _measured_rows(
+    before: Mapping[str, Any], after: Mapping[str, Any], figures: Mapping[str, float]
+) -> list[dict[str, Any]]:
     rows = [
         _row("bytes", "Size on disk", "bytes", before["bundle_bytes"], after["bundle_bytes"]),
         _row("latency_s", f"Latency, batch {BENCH_BATCH}", "s", before["latency_s"], after["latency_s"]),
@@ -285,7 +303,9 @@ def _measured_rows(before: Mapping[str, Any], after: Mapping[str, Any], figures:
         _row("peak_rss_bytes", "Peak memory", "bytes", before["peak_rss_bytes"], after["peak_rss_bytes"]),
     ]
     if "accuracy" in figures:
-        rows.append(_row("accuracy", "Class accuracy", "fraction", figures["accuracy_before"], figures["accuracy"], "higher"))
+        rows.append(
+            _row("accuracy", "Class accuracy", "fraction", figures["accuracy_before"], figures["accuracy"], "higher")
+        )
     if "frechet" in figures:
         rows.append(_row("frechet", "Fréchet distance to real data", "", figures["frechet_before"], figures["frechet"]))
     for metric, label, unit in (("psnr", "PSNR, same seeds", "dB"), ("ssim", "SSIM, same seeds", "")):
@@ -294,7 +314,9 @@ def _measured_rows(before: Mapping[str, Any], after: Mapping[str, Any], figures:
     return rows
 
 
-def _row(metric: str, label: str, unit: str, before: float | None, after: float | None, better: str = "lower") -> dict[str, Any]:
+def _row(
+    metric: str, label: str, unit: str, before: float | None, after: float | None, better: str = "lower"
+) -> dict[str, Any]:
     return {"metric": metric, "label": label, "unit": unit, "before": before, "after": after, "better": better}
 
 
@@ -304,7 +326,11 @@ def _summary(report: Mapping[str, Any]) -> dict[str, float]:
         "speedup": rows["latency_s"]["before"] / rows["latency_s"]["after"],
         "size_ratio": rows["bytes"]["after"] / rows["bytes"]["before"],
         "flops_ratio": rows["flops"]["after"] / rows["flops"]["before"],
-        **{k: v for k, v in report.get("quality", {}).items() if k in ("accuracy", "accuracy_drop", "frechet_increase", "psnr")},
+        **{
+            k: v
+            for k, v in report.get("quality", {}).items()
+            if k in ("accuracy", "accuracy_drop", "frechet_increase", "psnr")
+        },
     }
 
 

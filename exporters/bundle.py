@@ -33,7 +33,7 @@ def check_output(output: Path, force: bool) -> None:
 
 @contextmanager
 def written_aside(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write in; takes its name when the block ends, and is removed when the block raises."""
+    """A folder beside `output` to write in; takes its name when the block ends, and is gone when the block raises."""
     output.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output)
     aside = output.parent / f".{output.name}.partial-{os.getpid()}"
@@ -53,8 +53,13 @@ def remove_leftovers(output: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def write_bundle(program: Program, lowered: Lowered, files: Mapping[str, str], target: str, recipe: Mapping[str, Any], folder: Path) -> Manifest:
-    """Tables, recipe and manifest beside the engines that are in `folder` already. files: engine name -> path in the bundle."""
+def write_bundle(
+    program: Program, lowered: Lowered, files: Mapping[str, str], target: str, recipe: Mapping[str, Any], folder: Path
+) -> Manifest:
+    """Tables, recipe and manifest beside the engines that are in `folder` already.
+
+    files: engine name -> path in the bundle.
+    """
     save_file({name: table.contiguous() for name, table in lowered.tables.items()}, folder / TABLES_FILE)
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
     manifest = Manifest(
@@ -67,14 +72,19 @@ def write_bundle(program: Program, lowered: Lowered, files: Mapping[str, str], t
         engines={
             name: EngineSpec(
                 file=files[name],
-                inputs={port: Table(source) if kind == "table" else Slot(source) for port, (kind, source) in engine.inputs.items()},
+                inputs={
+                    port: Table(source) if kind == "table" else Slot(source)
+                    for port, (kind, source) in engine.inputs.items()
+                },
                 outputs={f"next_{slot}": Slot(slot) for slot in engine.outputs},
             )
             for name, engine in lowered.engines.items()
         },
         script=lowered.script,
         tables=TABLES_FILE,
-        files={str(path.relative_to(folder)): FileSpec.of(path) for path in sorted(folder.rglob("*")) if path.is_file()},
+        files={
+            str(path.relative_to(folder)): FileSpec.of(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        },
     )
     write(manifest, folder / FILE)
     return manifest

@@ -1,4 +1,7 @@
-"""What a model, a plan or a bundle is, as trees and tables for a terminal. Nothing is measured, no weight of a bundle is read."""
+"""What a model, a plan or a bundle is, as trees and tables for a terminal.
+
+Nothing is measured, and no weight of a bundle is read.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,8 @@ def program_tree(program: Program) -> Tree:
 def contract_line(contract: Contract) -> str:
     shape = "x".join(str(size) for size in contract.sample.shape)
     conditions = ", ".join(
-        f"{c.name} ({c.classes} classes)" if c.classes is not None else f"{c.name} {list(c.shape)}" for c in contract.conditions
+        f"{c.name} ({c.classes} classes)" if c.classes is not None else f"{c.name} {list(c.shape)}"
+        for c in contract.conditions
     )
     return (
         f"sample {shape}, predicts {contract.predicts}, {contract.steps} steps, guidance {contract.guidance:g}, "
@@ -58,7 +62,8 @@ def _add_region(tree: Tree, region: Region, program: Program, nodes: Mapping[str
     parameters = sum(attribute(program.graph, path).numel() for path in paths)
     kind = "block" if region.is_block else "stage" if region.children else "layer"
     branches = [branch.name for stream in region.streams for branch in stream.branches] if region.is_block else []
-    text = f"{region.path.removeprefix('net.')}  [dim]{region.module_class}[/dim]  {kind}  {_size(parameters, sum(map(node_flops, own)))}"
+    size = _size(parameters, sum(map(node_flops, own)))
+    text = f"{region.path.removeprefix('net.')}  [dim]{region.module_class}[/dim]  {kind}  {size}"
     child = tree.add(text + (f"  [dim]{' + '.join(branches)}[/dim]" if branches else ""))
     for inner in region.children:
         _add_region(child, inner, program, nodes)
@@ -69,7 +74,7 @@ def _size(parameters: int, flops: float) -> str:
 
 
 def plan_tree(model: str, output: Path, recipe: Recipe, settings: Settings) -> Tree:
-    """What `dcompile build` would do: the model as read, and each pass with all of its options. Checks all that a build checks."""
+    """What a build would do, after all of its checks: the model as read, and each pass with all of its options."""
     passes, gates, judge = check_recipe(recipe, settings)
     program = ingest(source_of(model, recipe, settings))
     tree = Tree(f"[bold]{model}[/bold] -> {output}  (dry run: nothing is measured or written)")
@@ -80,9 +85,12 @@ def plan_tree(model: str, output: Path, recipe: Recipe, settings: Settings) -> T
         branch = steps.add(f"[bold]{step.name}[/bold]  {options}")
         if step.name == "cache_steps":
             branch.add(_plan_line(program, step))
-    measured = f"{recipe.eval_samples} samples and a timing against the uncompressed model" if settings.evaluate else "nothing"
+    measured = (
+        f"{recipe.eval_samples} samples and a timing against the uncompressed model" if settings.evaluate else "nothing"
+    )
     tree.add(f"calibration on {recipe.calibration_samples} samples; evaluation: {measured}")
-    tree.add(f"judge {recipe.judge if judge else 'none'}; gates: {', '.join(f'{g.metric}{g.op}{g.limit:g}' for g in gates) or 'none'}")
+    limits = ", ".join(f"{gate.metric}{gate.op}{gate.limit:g}" for gate in gates)
+    tree.add(f"judge {recipe.judge if judge else 'none'}; gates: {limits or 'none'}")
     tree.add(f"target {recipe.target}; kept results in {settings.cache or 'nowhere'}")
     return tree
 
@@ -93,7 +101,8 @@ def _plan_line(program: Program, step: Any) -> str:
     except PassError as error:
         return str(error)
     full = [i for i in range(plan.steps) if all(plan.mask(i))]
-    return f"{len(plan.sites)} sites ({', '.join(site.name for site in plan.sites[:3])}{', ...' if len(plan.sites) > 3 else ''}); full steps: {full}"
+    names = ", ".join(site.name for site in plan.sites[:3]) + (", ..." if len(plan.sites) > 3 else "")
+    return f"{len(plan.sites)} sites ({names}); full steps: {full}"
 
 
 def bundle_tree(path: Path, check: bool) -> Tree:
@@ -102,13 +111,21 @@ def bundle_tree(path: Path, check: bool) -> Tree:
     if check:
         verify(path, manifest)
     total = sum(file.bytes for file in manifest.files.values())
-    tree = Tree(f"[bold]{manifest.name}[/bold]  target {manifest.target}, {human(total, 'bytes')}, written by dcompile {manifest.dcompile}")
+    tree = Tree(
+        f"[bold]{manifest.name}[/bold]  target {manifest.target}, {human(total, 'bytes')}, "
+        f"written by dcompile {manifest.dcompile}"
+    )
     tree.add(contract_line(manifest.contract))
     calls = [row.call for row in manifest.script if isinstance(row, Call)]
     engines = tree.add(f"engines ({len(calls)} calls a sample)")
     for name, engine in manifest.engines.items():
-        engines.add(f"{name}  {calls.count(name)} calls  [dim]{engine.file}, {human(manifest.files[engine.file].bytes, 'bytes')}[/dim]")
-    tree.add("script  " + " ".join(name[0].upper() if name == "full" else name[0] for name in calls) + "  [dim](F full, r reuse, m mixed)[/dim]")
+        size = human(manifest.files[engine.file].bytes, "bytes")
+        engines.add(f"{name}  {calls.count(name)} calls  [dim]{engine.file}, {size}[/dim]")
+    tree.add(
+        "script  "
+        + " ".join(name[0].upper() if name == "full" else name[0] for name in calls)
+        + "  [dim](F full, r reuse, m mixed)[/dim]"
+    )
     files = tree.add("files" + (" (all match their checksums)" if check else ""))
     for name, file in manifest.files.items():
         files.add(f"{name}  {human(file.bytes, 'bytes')}")
@@ -119,9 +136,10 @@ def bundle_tree(path: Path, check: bool) -> Tree:
 def bench_table(found: Mapping[str, Any]) -> Table:
     table = Table("bundle", "latency", "a step", "samples/s", "speed-up", "cold load", "peak memory", "on disk")
     for name, row in found["bundles"].items():
+        least, most = human(row["latency_min_s"], "s"), human(row["latency_max_s"], "s")
         table.add_row(
             name,
-            f"{human(row['latency_s'], 's')}  [dim]{human(row['latency_min_s'], 's')}..{human(row['latency_max_s'], 's')}[/dim]",
+            f"{human(row['latency_s'], 's')}  [dim]{least}..{most}[/dim]",
             human(row["step_s"], "s"),
             f"{row['samples_per_s']:.3g}",
             f"{row['speedup']:.2f}",

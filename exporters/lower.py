@@ -19,7 +19,10 @@ from ..runtime.manifest import Call, Dim, Jump, StateSpec
 
 @dataclass(frozen=True)
 class Lowered:
-    """What an exporter writes. engines: name -> graph with its bindings, in order of first call. tables: [steps, ...] float32."""
+    """What an exporter writes.
+
+    engines: name -> graph with its bindings, in order of first call. tables: float32 [steps, ...].
+    """
 
     engines: Mapping[str, Variant]
     script: tuple[Call | Jump, ...]
@@ -28,7 +31,7 @@ class Lowered:
 
 
 def lower(program: Program) -> Lowered:
-    """The `variants` layout. Engines are called "full" (every site computed), "reuse" (none), "mixed1", ... for the rest."""
+    """Engines are called "full" (every site computed), "reuse" (none), and "mixed1", ... for the rest."""
     names = engine_names(program.plan.masks)
     engines = {name: build_variant(program, mask) for mask, name in names.items()}
     script = tuple(Call(names[program.plan.mask(step)], step) for step in range(program.steps))
@@ -58,14 +61,16 @@ def _states(engine: Variant) -> dict[str, StateSpec]:
 def state_spec(node: fx.Node) -> StateSpec:
     example = rewrite.tensor_of(node)
     assert example is not None
-    dims: tuple[Dim, ...] = tuple(size if isinstance(size, int) else ("batch", batch_factor(size)) for size in example.shape)
+    dims: tuple[Dim, ...] = tuple(
+        size if isinstance(size, int) else ("batch", batch_factor(size)) for size in example.shape
+    )
     return StateSpec(dims, str(example.dtype).removeprefix("torch."))
 
 
 def transpose_linear_weights(module: fx.GraphModule) -> fx.GraphModule:
     """linear(x, W [N, K], b) -> matmul(x, W' [K, N]) + b, W' under the weight's own name.
 
-    Runtimes multiply by [K, N]: a transposition left in the graph would be folded at load into a private copy in memory.
+    Runtimes multiply by [K, N]: a transposition left in the graph would be folded at load into a private copy.
     """
     module = rewrite.clone(module)
     readers: dict[str, int] = {}

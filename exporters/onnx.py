@@ -6,6 +6,7 @@ Opset 23, IR 10: the newest pair that ONNX Runtime, OpenVINO and TensorRT all lo
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,13 @@ def _linear_int8(x: Any, weight: Any, weight_scale: Any, bias: Any, scale: Any, 
     """Q/DQ around MatMul -> MatMulIntegerToFloat in ONNX Runtime."""
     real_x = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
     y = op.MatMul(real_x, op.DequantizeLinear(weight, weight_scale, axis=1))
-    return y if bias is None else op.Add(y, bias)
+    return y if bias is None else _plus_bias(x, y, bias)
+
+
+def _plus_bias(x: Any, y: Any, bias: Any) -> Any:
+    # ONNX Runtime makes a two-dimensional MatMul and Add one Gemm before it looks for Q/DQ, and then runs it in fp32;
+    # Sum it leaves.
+    return op.Sum(y, bias) if len(x.shape) == 2 else op.Add(y, bias)
 
 
 def _linear_int8_dynamic(x: Any, weight: Any, weight_scale: Any, bias: Any) -> Any:
@@ -53,10 +60,7 @@ def _conv2d_int8(
     real_x = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
     real_weight = op.DequantizeLinear(weight, weight_scale, axis=0)
     attributes = {"strides": list(stride), "pads": [*padding, *padding], "dilations": list(dilation), "group": groups}
-    if bias is None:
-        y = op.Conv(real_x, real_weight, **attributes)
-    else:
-        y = op.Conv(real_x, real_weight, bias, **attributes)
+    y = op.Conv(real_x, real_weight, *([] if bias is None else [bias]), **attributes)
     return op.DequantizeLinear(op.QuantizeLinear(y, out_scale, out_zero_point), out_scale, out_zero_point)
 
 
@@ -68,7 +72,9 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 assert int8  # the operators above are registered by its import
 
 
-def export_engines(lowered: Lowered, directory: Path, progress: Callable[[str], None] = lambda name: None) -> dict[str, str]:
+def export_engines(
+    lowered: Lowered, directory: Path, progress: Callable[[str], None] = lambda name: None
+) -> dict[str, str]:
     """write engines/<name>.onnx for every engine and engines/weights.bin. -> engine name -> file in the bundle.
 
     progress(name) is called as each engine is begun. Weights that are equal byte for byte are written once.
@@ -90,6 +96,8 @@ def export_engines(lowered: Lowered, directory: Path, progress: Callable[[str], 
 
 def to_onnx(module: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
     """One graph as an ONNX model with a dynamic batch."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    registration.setLevel(logging.ERROR)  # "torchvision is not installed"
     module = transpose_linear_weights(module)
     examples = tuple(_example(node) for node in rewrite.placeholders(module).values())
     with torch.no_grad(), warnings.catch_warnings():
@@ -109,6 +117,8 @@ def to_onnx(module: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str
         raise InternalError("torch.onnx.export returned nothing; please report this with the recipe")
     model: ir.Model = program.model
     model.ir_version = IR_VERSION
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces of the build machine: half of the file, and nobody's business
     return model
 
 
@@ -119,7 +129,7 @@ def _example(node: fx.Node) -> torch.Tensor:
 
 
 class _SharedWeights:
-    """Appends initialisers to one file and points the models at it; content that is there already is not written again."""
+    """Appends initialisers to one file and points the models at it; content that it holds is not written again."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
@@ -138,7 +148,12 @@ class _SharedWeights:
                 self.stream.write(data)
             offset, length = self.known[digest]
             value.const_value = ir.ExternalTensor(
-                Path(WEIGHTS_FILE).name, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=str(value.name)
+                Path(WEIGHTS_FILE).name,
+                offset,
+                length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape),
+                name=str(value.name),
             )
 
 
@@ -146,7 +161,9 @@ def _check(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=False)
     except onnx.checker.ValidationError as error:
-        raise InternalError(f"{path.name}: ONNX's checker refuses it ({str(error).splitlines()[0]}); please report this with the recipe") from error
+        raise InternalError(
+            f"{path.name}: ONNX's checker refuses it ({str(error).splitlines()[0]}); please report this with the recipe"
+        ) from error
 
 
 def fused_operators(path: Path) -> Mapping[str, int]:
@@ -181,6 +198,6 @@ def check_fusion(name: str, graph: fx.GraphModule, operators: Mapping[str, int])
         running = sum(operators.get(operator, 0) for operator in fused)
         if running < promised:
             raise EngineError(
-                f"engine {name!r}: {promised} {target} layers are promised, ONNX Runtime runs {running} as {' or '.join(fused)}; "
-                "the rest would run in fp32: leave quant out, or report this with the recipe"
+                f"engine {name!r}: {promised} {target} layers are promised, ONNX Runtime runs {running} as "
+                f"{' or '.join(fused)}; the rest would run in fp32: leave quant out, or report this with the recipe"
             )

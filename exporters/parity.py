@@ -17,8 +17,8 @@ from ..compiler.program import Program
 from ..runtime.engines import ENGINES
 from .lower import Lowered, engine_names
 
-# Largest relative error of an engine's output, by the widest rounding in it. fp32 differs in the order of sums; with INT8 a
-# sum that lies near a rounding edge lands on the other side now and then, which moves one integer by one.
+# Largest relative error of an engine's output, by the widest rounding in it. fp32 differs in the order of sums; with
+# INT8 a sum that lies near a rounding edge lands on the other side now and then, which moves one integer by one.
 TOLERANCE = {"float32": 1e-4, "int8": 2e-2}
 
 
@@ -63,7 +63,7 @@ def check_parity(
     for parity in results:
         if not parity.relative_error <= parity.tolerance:
             raise InternalError(
-                f"engine {parity.engine!r} is {parity.relative_error:.2e} from the program (relative), {parity.tolerance:.0e} is allowed; "
-                "please report this with the recipe"
+                f"engine {parity.engine!r} is {parity.relative_error:.2e} from the program (relative), "
+                f"{parity.tolerance:.0e} is allowed; please report this with the recipe"
             )
     return results

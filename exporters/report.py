@@ -21,6 +21,7 @@ import yaml
 from numpy.typing import NDArray
 
 from ..compiler.errors import ShapeError, UnsupportedError
+from ..runtime.errors import BundleError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,8 +40,11 @@ _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0,
 _SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
 _SUMMARY = {  # summary key: (headline, the start of the table's metric that it sums up)
     "speedup": ("Speed-up", "latency"),
-    "size_ratio": ("Size on disk", "bundle_bytes"),
+    "size_ratio": ("Size on disk", "bytes"),
     "memory_ratio": ("Peak memory", "peak"),
+    "flops_ratio": ("Operations a sample", "flops"),
+    "parameter_ratio": ("Parameters", "parameters"),
+    "accuracy": ("Accuracy", "accuracy"),
     "accuracy_drop": ("Accuracy", "accuracy"),
     "frechet_increase": ("Fréchet distance", "frechet"),
     "psnr": ("PSNR, same seeds", "psnr"),
@@ -120,7 +124,7 @@ def render_html(
 
 def read_report(folder: Path) -> dict[str, Any]:
     """report.json of a bundle, or of the folder that a failed gate leaves. Raises BundleError when there is none."""
-    path = folder / "report.json"
+    path = folder / REPORT_JSON
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -132,21 +136,23 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 def terminal_table(report: Mapping[str, Any]) -> Table:
     """The table of before and after, for a terminal."""
+    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     styles = {"better": "green", "worse": "red", "same": "dim", "": ""}
-    table = Table(title=str(report["name"]), title_justify="left")
+    table = Table(title=escape(str(report["name"])), title_justify="left")
     table.add_column("")
     for title in ("before", "after", "ratio", "change"):
         table.add_column(title, justify="right")
     for row in table_rows(to_plain(report)):
-        change = f"[{styles[row['kind']]}]{row['verdict']}" if row["kind"] else row["verdict"]
-        table.add_row(row["label"], row["before"], row["after"], row["ratio"], change)
+        verdict = Text(row["verdict"], styles[row["kind"]])
+        table.add_row(escape(row["label"]), row["before"], row["after"], row["ratio"], verdict)
     return table
 
 
 def grid(images: Pixels, columns: int | None = None) -> Image:
-    """Images [N, H, W, C], C of 1, 3 or 4, as one picture, row by row; as square as can be if `columns` is not given."""
+    """Images [N, H, W, C], C of 1, 3 or 4, as one picture, row by row; about square if `columns` is not given."""
     if why := can_draw():
         raise UnsupportedError(why)
     from PIL import Image
@@ -257,17 +263,19 @@ def _times(ratio: float) -> str:
 
 def _table_row(row: Mapping[str, Any]) -> dict[str, str]:
     before, after, unit = row.get("before"), row.get("after"), str(row.get("unit") or "")
-    ratio = after / before if before is not None and after is not None and before != 0 else None
+    ratio, step = None, 0.0
+    if before is not None and after is not None and before != 0:
+        ratio, step = after / before, after - before
     lower = row.get("better") == "lower"
     kind = ""
     if ratio is not None and ratio > 0 and row.get("better") in ("lower", "higher"):
-        change = (after - before) * 10 if unit == "fraction" else ratio - 1  # 0.05 points of a fraction are a change
+        change = step * 10 if unit == "fraction" else ratio - 1  # 0.05 points of a fraction are a change
         kind = "same" if abs(change) < _SAME else "better" if (ratio < 1) == lower else "worse"
     mark = {"better": "▲", "worse": "▼", "same": "≈", "": ""}[kind]
     if kind == "same" or not kind:
         verdict = "about the same" if kind else ""
     elif unit in ("fraction", "%"):
-        points = abs(after - before) * (100 if unit == "fraction" else 1)
+        points = abs(step) * (100 if unit == "fraction" else 1)
         verdict = f"{points:.1f} points {kind}"
     elif kind == "better" and lower and ratio and ratio < 0.67:
         verdict = f"{_tidy(1 / ratio)}× {kind}"
@@ -290,8 +298,9 @@ def _table_row(row: Mapping[str, Any]) -> dict[str, str]:
 def _tiles(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The headline figures, each with the pair of figures behind it and bars of their sizes."""
     tiles = []
-    for key, value in (report.get("summary") or {}).items():
-        if value is None or isinstance(value, bool | str):
+    summary = report.get("summary") or {}
+    for key, value in summary.items():
+        if value is None or isinstance(value, bool | str) or (key == "accuracy" and "accuracy_drop" in summary):
             continue
         title, start = _SUMMARY.get(key, (key.replace("_", " ").capitalize(), key))
         row = next((each for each in report.get("table") or [] if str(each.get("metric")).startswith(start)), None)
@@ -313,13 +322,16 @@ def _headline(key: str, value: float) -> tuple[str, str, str]:
         return _tidy(1 / value if slower else value) + "×", "slower" if slower else "faster", _kind(value - 1)
     if key.endswith("_ratio") and value > 0:
         larger = value > 1 + _SAME
-        return _tidy(value if larger else 1 / value) + "×", "larger" if larger else "smaller", _kind(1 - value)
+        words = ("more", "fewer") if key.startswith(("flops", "parameter")) else ("larger", "smaller")
+        return _tidy(value if larger else 1 / value) + "×", words[0] if larger else words[1], _kind(1 - value)
     if key == "accuracy_drop":
         if abs(value) < 5e-4:
             return "±0", "points", "same"
         return f"{'−' if value > 0 else '+'}{abs(value) * 100:.1f}", "points", _kind(-value)
     if key.endswith(("_increase", "_drop")):
         return f"{'+' if value >= 0 else '−'}{abs(value) * 100:.1f}", "%", _kind(-value)
+    if key == "accuracy":
+        return f"{100 * value:.1f}", "%", ""
     return (f"{value:.1f}", "dB", "") if key == "psnr" else (f"{value:.3g}", "", "")
 
 
@@ -373,7 +385,7 @@ def _plan(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
     total = sum(len(row["computed"]) for row in rows)
     done = sum(row["done"] for row in rows)
     steps = max(len(row["computed"]) for row in rows)
-    # Coordinates of the drawing, in CSS pixels; cells are as wide as the page allows, and where they cannot be it scrolls.
+    # Coordinates of the drawing, in CSS pixels: cells as wide as the page allows; with very many steps it scrolls.
     left = 12 + max(len(site) for site in sites) * 7
     cell = min(28, max(8, (1000 - left) // steps))
     return {
@@ -397,10 +409,10 @@ def _befores(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _passes(passes: Sequence[Mapping[str, Any]], earlier: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of the passes; `earlier` has the original's parameters and flops, for the first one's change."""
-    errors = [each["error"] for each in passes if each.get("error")]
+    most = max((_relative(each.get("error")) or 0.0 for each in passes), default=0.0)
     rows = []
     for each in passes:
-        error = each.get("error")
+        error = _relative(each.get("error"))
         refused = [(str(node), str(why)) for node, why in each.get("refused") or []]
         rows.append(
             {
@@ -413,13 +425,19 @@ def _passes(passes: Sequence[Mapping[str, Any]], earlier: Mapping[str, Any]) -> 
                 "flops": human(each.get("flops"), "FLOPs"),
                 "flops_change": _change(earlier.get("flops"), each.get("flops")),
                 "error": _NOTHING if error is None else f"{error:.2g}",
-                "error_percent": 100 * error / max(errors) if error else 0.0,
+                "error_percent": 100 * error / most if error else 0.0,
+                "psnr": human(each["error"].get("psnr"), "dB") if isinstance(each.get("error"), Mapping) else "",
                 "details": [(str(key), compact(value)) for key, value in (each.get("details") or {}).items()],
                 "refused": refused,
             }
         )
         earlier = each
     return rows
+
+
+def _relative(error: Mapping[str, float] | float | None) -> float | None:
+    """The relative error of a pass, which stands alone or beside its PSNR."""
+    return error.get("relative_error") if isinstance(error, Mapping) else error
 
 
 def _change(before: float | None, after: float | None) -> str:

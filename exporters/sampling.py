@@ -16,9 +16,14 @@ def generate_file(
     bundle: Path, output: Path, labels: Sequence[str] | None, count: int, seed: int, conditions: Path | None,
     columns: int | None, threads: int | None, progress: Callable[[float, str], None],
 ) -> Timing:  # fmt: skip
-    """Write samples as a picture (.png) or as numbers (.npy, float32 [B, *shape]). Raises RequestError for another ending."""
+    """Write samples as a picture (.png) or as numbers (.npy, float32 [B, *shape]).
+
+    Raises RequestError for another ending.
+    """
     if output.suffix not in (".png", ".npy"):
-        raise RequestError(f"-o {output}: ends in {output.suffix or 'nothing'!r}; needed .png for a picture or .npy for the numbers")
+        raise RequestError(
+            f"-o {output}: ends in {output.suffix or 'nothing'!r}; needed .png for a picture or .npy for the numbers"
+        )
     with load(bundle, threads=threads) as session:
         contract = session.manifest.contract
         given: dict[str, Any] = _read_conditions(conditions) if conditions else {}
@@ -27,7 +32,9 @@ def generate_file(
         if named and not labels and named[0].name not in given:
             given[named[0].name] = np.arange(size) % (named[0].classes or 1)
         samples = session.generate(
-            labels=[int(label) if label.isdigit() and not _is_name(label, named) else label for label in labels] if labels else None,
+            labels=[int(label) if label.isdigit() and not _is_name(label, named) else label for label in labels]
+            if labels
+            else None,
             conditions=given or None,
             seed=[seed + i for i in range(size)],
             callback=lambda step, steps, _: progress(step / steps, f"step {step} of {steps}"),

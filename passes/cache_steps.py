@@ -1,4 +1,4 @@
-"""Unroll the sampler's steps into those that compute the costly regions and those that reuse what earlier steps computed."""
+"""Unroll the sampler's steps into those that compute the costly regions and those that reuse what came before."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ _ORDERS = {"copy": 0, "delta": 0, "taylor1": 1, "taylor2": 2}
 class CacheSteps:
     """Static interval caching on sites found in the graph.
 
-    interval: one step in so many is computed in full; 1 computes all. warmup: first steps computed in full; last: last ones.
-    predictor: "copy" of the value; "delta" (value minus the region's input, added to the current input); "taylor1", "taylor2":
-    extrapolation from the last computed steps (TaylorSeer, 2503.06923), of the delta for a range of blocks, else of the value.
-    site: "range" is the run of blocks between the first `front` and the last `back` of each block list (Delta-DiT, TeaCache);
-    "branch" each attention or feed-forward before its gate (FORA, 2407.01425); "cut" the U-Net feature that enters the last
-    up stage (DeepCache, 2312.00858); "auto" is "cut" for a network with stages, else "range".
+    interval: one step in so many is computed in full; 1 computes all.
+    warmup, last: so many first and last steps are computed in full.
+    predictor: "copy" of the value; "delta" (value minus the region's input, added to the current input); "taylor1",
+    "taylor2": extrapolation from the last computed steps (TaylorSeer, 2503.06923), of the delta for a range of blocks,
+    else of the value.
+    site: "range" is the run of blocks between the first `front` and the last `back` of each block list (Delta-DiT,
+    TeaCache); "branch" each attention or feed-forward before its gate (FORA, 2407.01425); "cut" the U-Net feature that
+    enters the last up stage (DeepCache, 2312.00858); "auto" is "cut" for a network with stages, else "range".
 
     Left alone: lists of blocks that are no longer than front + back.
     """
@@ -47,7 +49,10 @@ class CacheSteps:
             if getattr(self, option) < least:
                 raise RecipeError(f"cache_steps: {option} is {getattr(self, option)}, needed {least} or more")
         if self.site in ("branch", "cut") and self.predictor == "delta":
-            raise RecipeError(f"cache_steps: predictor 'delta' needs site 'range' (a {self.site} has no input of the same shape); use copy or taylor1")
+            raise RecipeError(
+                f"cache_steps: predictor 'delta' needs site 'range' (a {self.site} has no input of the same shape); "
+                "use copy or taylor1"
+            )
 
     def decide(self, program: Program, calibration: Calibration, /) -> Decision:
         return Decision()
@@ -61,13 +66,22 @@ class CacheSteps:
         computed = every(self.interval, program.steps, self.warmup, self.last)
         reuse, refresh = taylor(computed, _ORDERS[self.predictor])
         sites = tuple(
-            Site(name, value, base, computed, reuse, refresh) for name, value, base in self._sites(program.graph, refused)
+            Site(name, value, base, computed, reuse, refresh)
+            for name, value, base in self._sites(program.graph, refused)
         )
         if not sites:
-            raise PassError(f"cache_steps: found no site of kind {self.site!r} in {program.name}; `dcompile inspect` shows its regions")
+            raise PassError(
+                f"cache_steps: found no site of kind {self.site!r} in {program.name}; "
+                "`dcompile inspect` shows its regions"
+            )
         plan = Plan(program.steps, sites)
-        details = {"sites": [site.name for site in sites], "computed_steps": [i for i, full in enumerate(computed) if full]}
-        return PassResult(replace(program, plan=plan), Record(self.name, changed=len(sites), refused=tuple(refused), details=details))
+        details = {
+            "sites": [site.name for site in sites],
+            "computed_steps": [i for i, full in enumerate(computed) if full],
+        }
+        return PassResult(
+            replace(program, plan=plan), Record(self.name, changed=len(sites), refused=tuple(refused), details=details)
+        )
 
     def _sites(self, graph: fx.GraphModule, refused: list[tuple[str, str]]) -> Iterator[tuple[str, str, str | None]]:
         """(name, value node, base node or None) of each site, in graph order."""
@@ -82,12 +96,16 @@ class CacheSteps:
         else:
             yield from _cut(graph, regions)
 
-    def _ranges(self, regions: tuple[Region, ...], refused: list[tuple[str, str]]) -> Iterator[tuple[str, str, str | None]]:
+    def _ranges(
+        self, regions: tuple[Region, ...], refused: list[tuple[str, str]]
+    ) -> Iterator[tuple[str, str, str | None]]:
         keeps_delta = self.predictor != "copy"
         for parent, blocks in block_lists(regions).items():
             inner = blocks[self.front : len(blocks) - self.back]
             if not inner:
-                refused.append((parent, f"has {len(blocks)} blocks; front {self.front} and back {self.back} leave none to cache"))
+                refused.append(
+                    (parent, f"has {len(blocks)} blocks; front {self.front} and back {self.back} leave none to cache")
+                )
                 continue
             first, last = inner[0], inner[-1]
             label = f"{_short(parent)}_{_index(first)}_{_index(last)}"
@@ -131,7 +149,7 @@ def _branches(regions: tuple[Region, ...]) -> Iterator[tuple[str, str, str | Non
 
 
 def _cut(graph: fx.GraphModule, regions: tuple[Region, ...]) -> Iterator[tuple[str, str, str | None]]:
-    """The stage output that enters the last stage and skips the deepest part of the network: the other inputs are skips."""
+    """The stage output that enters the last stage, past the deepest part of the network: its other inputs are skips."""
     stages = [region for region in regions if region.children]
     if len(stages) < 2:
         return

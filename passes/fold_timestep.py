@@ -1,7 +1,8 @@
-"""Compute at build time whatever depends on the timestep alone: one table row a step replaces the layers and their weights."""
+"""Compute at build time what depends on the timestep alone: one table row a step replaces layers and their weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,11 +23,12 @@ _TABLE = "folded_"
 class FoldTimestep:
     """Replace every value that only the step decides by a graph input, fed from a table of one row a step.
 
-    Looks for tensors that depend on per-step inputs and weights, not on the sample or a condition, and whose rows are the same for
-    every sample. Writes tables 'folded_<node>' [steps, 1, ...]. Exact: the rows are the very values that the layers gave.
+    Looks for tensors that depend on per-step inputs and weights, not on the sample or a condition, and whose rows are
+    the same for every sample. Writes tables 'folded_<node>' [steps, 1, ...]. Exact: the rows are the very values that
+    the layers gave.
 
-    Left alone: (1) values whose rows differ within a batch, (2) the whole fold, when its tables would be larger than the weights
-    that leave. May run anywhere; after quantize it also removes layers that quantize has changed.
+    Left alone: (1) values whose rows differ within a batch, (2) the whole fold, when its tables would be larger than
+    the weights that leave. May run anywhere; after quantize it also removes layers that quantize has changed.
     """
 
     name: ClassVar[str] = "fold_timestep"
@@ -36,7 +38,7 @@ class FoldTimestep:
 
     def apply(self, program: Program, decision: Decision, /) -> PassResult:
         graph = rewrite.clone(program.graph)
-        frontier = _frontier(graph, frozenset(program.tables) - {"row"})
+        frontier = _frontier(graph, program.tables)
         if not frontier:
             return PassResult(program, Record(self.name))
         rows, refused = _rows(graph, frontier, program)
@@ -57,35 +59,20 @@ class FoldTimestep:
         return PassResult(replace(program, graph=rewrite.finish(folded), tables={**kept, **tables}), record)
 
 
-def _frontier(graph: fx.GraphModule, tables: frozenset[str]) -> list[fx.Node]:
-    """Tensors that only per-step inputs decide, and that something else reads."""
-    by_step: set[fx.Node] = set()
-    constant: set[fx.Node] = set()
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            constant.add(node)
-        elif node.op == "placeholder" and node.name in tables:
-            by_step.add(node)
-        elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor | list | tuple):
-            sources = [source for source in node.all_input_nodes if not _is_size(source)]
-            if all(source in by_step or source in constant for source in sources):
-                (by_step if any(source in by_step for source in sources) else constant).add(node)
+def _frontier(graph: fx.GraphModule, tables: Iterable[str]) -> list[fx.Node]:
+    """Tensors that only per-step inputs decide, and that something else reads; in graph order."""
+    by_step = rewrite.decided_by_step(graph, tables)
     return [
         node
         for node in graph.graph.nodes
-        if node in by_step
-        and node.op == "call_function"
-        and rewrite.tensor_of(node) is not None
-        and any(user not in by_step for user in node.users)
+        if node in by_step and rewrite.tensor_of(node) is not None and any(user not in by_step for user in node.users)
     ]
 
 
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), int | torch.SymInt)
-
-
 @torch.no_grad()
-def _rows(graph: fx.GraphModule, frontier: list[fx.Node], program: Program) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
+def _rows(
+    graph: fx.GraphModule, frontier: list[fx.Node], program: Program
+) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
     """name -> [steps, ...] with sizes that follow the batch reduced to 1, and what had to be refused."""
     part = rewrite.clone(graph)
     named = {node.name: node for node in part.graph.nodes}

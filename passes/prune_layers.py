@@ -23,12 +23,14 @@ _SNAPSHOTS = 5
 class PruneLayers:
     """Take out the blocks that matter least: each output of such a block becomes the residual stream that entered it.
 
-    ratio: part of the blocks to remove, 0 to 1. count: how many, in place of ratio. blocks: which, by module path, in place of both.
-    method: "greedy" removes, one at a time, the block whose absence changes the step's output least (measured on the trajectory);
-    "influence" ranks all blocks once by 1 - cos(input, output) (ShortGPT's block influence, 2403.03853, averaged over steps).
+    ratio: part of the blocks to remove, 0 to 1. count: how many, in place of ratio. blocks: which, by module path, in
+    place of both.
+    method: "greedy" removes, one at a time, the block whose absence changes the step's output least (measured on the
+    trajectory); "influence" ranks all blocks once by 1 - cos(input, output) (ShortGPT's block influence, 2403.03853,
+    averaged over steps).
 
-    Left alone: (1) regions with an output that carries no residual stream (U-Net stages that change the shape), (2) the last
-    block that is left. Must run before cache_steps, whose sites name blocks.
+    Left alone: (1) regions with an output that carries no residual stream (U-Net stages that change the shape), (2) the
+    last block that is left. Must run before cache_steps, whose sites name blocks.
     """
 
     name: ClassVar[str] = "prune_layers"
@@ -52,7 +54,10 @@ class PruneLayers:
             return Decision({"removed": [_named(blocks, name).path for name in self.blocks]})
         wanted = self.count if self.count is not None else int(self.ratio * len(blocks) + 0.5)
         if wanted > max(0, len(blocks) - 1):
-            raise PassError(f"prune_layers: {wanted} of {len(blocks)} blocks are to go; at least one must stay: lower ratio or count")
+            raise PassError(
+                f"prune_layers: {wanted} of {len(blocks)} blocks are to go; "
+                "at least one must stay: lower ratio or count"
+            )
         if wanted == 0:
             return Decision({"removed": []})
         choose = _greedy if self.method == "greedy" else _by_influence
@@ -88,10 +93,14 @@ def _named(blocks: tuple[Region, ...], name: str) -> Region:
     for region in blocks:
         if region.path == name or region.path.endswith("." + name):
             return region
-    raise PassError(f"prune_layers: no block is called {name!r}; {did_you_mean(name, [region.path for region in blocks])}")
+    raise PassError(
+        f"prune_layers: no block is called {name!r}; {did_you_mean(name, [region.path for region in blocks])}"
+    )
 
 
-def _greedy(program: Program, calibration: Calibration, blocks: tuple[Region, ...], wanted: int) -> tuple[list[str], dict[str, float]]:
+def _greedy(
+    program: Program, calibration: Calibration, blocks: tuple[Region, ...], wanted: int
+) -> tuple[list[str], dict[str, float]]:
     at = snapshots(program, calibration, _SNAPSHOTS)
     with torch.no_grad():
         expected = [program.graph(*inputs)[0] for _, inputs in at]
@@ -113,7 +122,9 @@ def _greedy(program: Program, calibration: Calibration, blocks: tuple[Region, ..
     return removed, scores
 
 
-def _by_influence(program: Program, calibration: Calibration, blocks: tuple[Region, ...], wanted: int) -> tuple[list[str], dict[str, float]]:
+def _by_influence(
+    program: Program, calibration: Calibration, blocks: tuple[Region, ...], wanted: int
+) -> tuple[list[str], dict[str, float]]:
     ends = {name for region in blocks for stream in region.streams for name in (stream.entry, stream.exit)}
     by_entry = defaultdict(list)
     for region in blocks:

@@ -15,7 +15,7 @@ from ..compiler.calibrate import Calibration
 from ..compiler.errors import PassError, RecipeError
 from ..compiler.flops import node_flops
 from ..compiler.program import Decision, PassResult, Program, Record
-from ..compiler.rewrite import aten
+from ..compiler.rewrite import aten, decided_by_step
 from ..quant.int8 import affine_range, conv2d_int8, linear_int8, linear_int8_dynamic, quantize_weight
 
 _LINEAR, _CONV = aten.linear.default, aten.conv2d.default
@@ -25,13 +25,15 @@ _LINEAR, _CONV = aten.linear.default, aten.conv2d.default
 class Quantize:
     """INT8 in place of fp32: weights symmetric per output channel, activations affine per tensor.
 
-    activations: "static" takes the ranges from the whole trajectory, every step, as the plan runs it; "dynamic" takes them from each
-    tensor as it comes (linear layers only; then a sample depends a little on the others in its batch).
+    activations: "static" takes the ranges from the whole trajectory, every step, as the plan runs it; "dynamic" takes
+    them from each tensor as it comes (linear layers only; then a sample depends a little on the others in its batch).
     max_error: a layer whose own relative output error, measured on the trajectory, is larger stays in fp32.
-    min_flops: a layer with a smaller part of the FLOPs stays in fp32: it would cost accuracy and save no time.
+    min_share: a layer with a smaller part of both the FLOPs and the weights stays in fp32: it would cost accuracy and
+    save nothing.
 
-    Looks for aten.linear and aten.conv2d with constant weights. Left alone: (1) grouped convolutions other than by `groups` of the
-    kernel, (2) layers above max_error, (3) layers below min_flops, (4) layers whose weight something else reads.
+    Looks for aten.linear and aten.conv2d with constant weights. Left alone: (1) layers whose weight is computed, or
+    read by something else too, (2) layers above max_error, (3) layers below min_share, (4) layers that the timestep
+    alone decides, which fold_timestep removes, (5) with dynamic activations, convolutions, (6) layers no step computes.
     Runs last: ranges are those of the program as it stands, with its blocks removed and its reuse steps.
     """
 
@@ -39,16 +41,16 @@ class Quantize:
 
     activations: Literal["static", "dynamic"] = "static"
     max_error: float = 0.05
-    min_flops: float = 0.002
+    min_share: float = 0.002
 
     def __post_init__(self) -> None:
-        for option in ("max_error", "min_flops"):
+        for option in ("max_error", "min_share"):
             if not 0.0 <= getattr(self, option) <= 1.0:
                 raise RecipeError(f"quantize: {option} is {getattr(self, option)}, needed 0 to 1")
 
     def decide(self, program: Program, calibration: Calibration, /) -> Decision:
         graph = program.graph
-        layers, refused = self._candidates(graph)
+        layers, refused = self._candidates(program)
         ranges = _Ranges()
         watched = {_input(node).name for node in layers} | {node.name for node in layers if node.target is _CONV}
         calibration.observe(program, sorted(watched), ranges.tap, "quantize: ranges")
@@ -76,19 +78,29 @@ class Quantize:
             out = ranges.get(f"{name}.out")
             _quantize_layer(graph, node, ranges[name], out, self.activations)
         details = {"layers": len(errors), "largest_layer_error": max(errors.values(), default=0.0)}
-        record = Record(self.name, changed=len(errors), refused=tuple(decision.choices["refused"].items()), details=details)
+        record = Record(
+            self.name, changed=len(errors), refused=tuple(decision.choices["refused"].items()), details=details
+        )
         return PassResult(program.with_graph(rewrite.finish(graph)) if errors else program, record)
 
-    def _candidates(self, graph: fx.GraphModule) -> tuple[list[fx.Node], dict[str, str]]:
+    def _candidates(self, program: Program) -> tuple[list[fx.Node], dict[str, str]]:
+        graph = program.graph
         calls = [node for node in graph.graph.nodes if rewrite.is_call(node, _LINEAR, _CONV)]
-        total = sum(node_flops(node) for node in graph.graph.nodes) or 1.0
+        all_flops = sum(node_flops(node) for node in graph.graph.nodes) or 1.0
+        folded = decided_by_step(graph, program.tables)
         layers, refused = [], {}
         for node in calls:
-            share = node_flops(node) / total
-            if not isinstance(node.args[1], fx.Node) or node.args[1].op != "get_attr" or len(node.args[1].users) > 1:
+            weight = node.args[1]
+            if not isinstance(weight, fx.Node) or weight.op != "get_attr" or len(weight.users) > 1:
                 refused[node.name] = "its weight is computed, or shared with another layer"
-            elif share < self.min_flops:
-                refused[node.name] = f"it has {100 * share:.2f} % of the FLOPs, below min_flops {100 * self.min_flops:.2f} %"
+                continue
+            work = node_flops(node) / all_flops
+            size = rewrite.attribute(graph, str(weight.target)).numel() / program.parameters
+            if node in folded:
+                refused[node.name] = "it depends on the timestep alone: fold_timestep computes it at build time"
+            elif max(work, size) < self.min_share:
+                found = f"{100 * work:.2f} % of the FLOPs and {100 * size:.2f} % of the weights"
+                refused[node.name] = f"it has {found}, both below min_share {100 * self.min_share:.2f} %"
             elif self.activations == "dynamic" and node.target is _CONV:
                 refused[node.name] = "a convolution needs static activations"
             else:
@@ -112,7 +124,10 @@ class _Ranges:
     def tap(self, step: int, name: str, value: Tensor) -> None:
         low, high = (float(end) for end in torch.aminmax(value))
         if not np.isfinite([low, high]).all():
-            raise PassError(f"quantize: tensor {name!r} is not finite at step {step + 1}; the calibration data or a pass before it is at fault")
+            raise PassError(
+                f"quantize: tensor {name!r} is not finite at step {step + 1}; "
+                "the calibration data or a pass before it is at fault"
+            )
         self.low[name] = min(self.low[name], low)
         self.high[name] = max(self.high[name], high)
 
@@ -121,7 +136,7 @@ class _Ranges:
 
 
 class _Errors:
-    """Squared error and energy of each layer's output, quantised against not, on the inputs that the trajectory gives it."""
+    """Squared error and energy of each layer's output, quantised against not, on the trajectory's own inputs."""
 
     def __init__(self, graph: fx.GraphModule, layers: list[fx.Node], ranges: _Ranges, activations: str) -> None:
         self.by_input: dict[str, list[tuple[str, fx.GraphModule, fx.GraphModule]]] = defaultdict(list)
@@ -186,7 +201,9 @@ def _quantize_layer(
         else:
             assert out is not None
             arguments += _range_constants(graph, node, node.name, out)
-            new = rewrite.call(graph, node, torch.ops.dcompile.conv2d_int8.default, *arguments, *_geometry(node), like=node)
+            new = rewrite.call(
+                graph, node, torch.ops.dcompile.conv2d_int8.default, *arguments, *_geometry(node), like=node
+            )
     rewrite.take_place(node, new)
     graph.graph.erase_node(node)
 
@@ -201,7 +218,7 @@ def _range_constants(graph: fx.GraphModule, before: fx.Node, tensor: str, span: 
     scale, zero_point = affine_range(*span)
     return [
         _constant(graph, before, f"ranges.{tensor}_scale", torch.tensor(scale, dtype=torch.float32)),
-        _constant(graph, before, f"ranges.{tensor}_zero_point", torch.tensor(zero_point, dtype=torch.int8)),
+        _constant(graph, before, f"ranges.{tensor}_zero_point", torch.tensor(zero_point, dtype=torch.uint8)),
     ]
 
 

@@ -1,6 +1,8 @@
-"""INT8: weights symmetric per output channel, activations affine per tensor. The torch operators are what an engine must reproduce.
+"""INT8: weights symmetric per output channel, activations affine per tensor.
 
-real = (integer - zero_point) * scale, integer in -128..127 (weights -127..127). Rounding is to nearest, ties to even, as ONNX.
+The torch operators here are what an engine must reproduce.
+real = (integer - zero_point) * scale, integer in -127..127 for weights (int8) and 0..255 for activations (uint8).
+Rounding is to nearest, ties to even, as ONNX.
 """
 
 from __future__ import annotations
@@ -10,20 +12,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-QMIN, QMAX = -128, 127
+WEIGHT_MAX = 127
+QMIN, QMAX = 0, 255
 _SMALLEST_SCALE = 1e-12
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weight [N, ...] float32 -> (int8 [N, ...], scale [N] float32 > 0), symmetric, one scale an output channel."""
     flat = weight.detach().reshape(weight.shape[0], -1).to(torch.float32)
-    scale = (flat.abs().amax(dim=1) / QMAX).clamp_min(_SMALLEST_SCALE)
-    integer = torch.round(flat / scale[:, None]).clamp(-QMAX, QMAX).to(torch.int8)
+    scale = (flat.abs().amax(dim=1) / WEIGHT_MAX).clamp_min(_SMALLEST_SCALE)
+    integer = torch.round(flat / scale[:, None]).clamp(-WEIGHT_MAX, WEIGHT_MAX).to(torch.int8)
     return integer.reshape(weight.shape), scale
 
 
 def affine_range(low: float, high: float) -> tuple[float, int]:
-    """(scale, zero_point) that maps [low, high], widened to hold 0, on -128..127."""
+    """(scale, zero_point) that maps [low, high], widened to hold 0, on 0..255."""
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max((high - low) / (QMAX - QMIN), _SMALLEST_SCALE)
     return scale, max(QMIN, min(QMAX, round(QMIN - low / scale)))
@@ -39,15 +42,20 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def dynamic_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale [], zero_point []) float32 of ONNX DynamicQuantizeLinear, whose integers are 0..255, for the whole tensor."""
+    """(scale [], zero_point []) float32 of ONNX DynamicQuantizeLinear: one range for the whole tensor, on 0..255."""
     low, high = x.amin().clamp_max(0.0), x.amax().clamp_min(0.0)
-    scale = ((high - low) / 255.0).clamp_min(_SMALLEST_SCALE)
-    return scale, torch.clamp(torch.round(-low / scale), 0, 255)
+    scale = ((high - low) / QMAX).clamp_min(_SMALLEST_SCALE)
+    return scale, torch.clamp(torch.round(-low / scale), QMIN, QMAX)
 
 
 @torch.library.custom_op("dcompile::linear_int8", mutates_args=())
-def linear_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """x [..., K] float32, weight [K, N] int8, weight_scale [N], bias [N] -> [..., N]; scale [] and zero_point [] int8 are of x."""
+def linear_int8(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, scale: Tensor, zero_point: Tensor
+) -> Tensor:
+    """x [..., K] float32, weight [K, N] int8, weight_scale [N], bias [N] -> [..., N].
+
+    scale [] and zero_point [] uint8 are of x.
+    """
     integers = quantize(x, scale, zero_point) - zero_point.to(torch.float32)
     y = (integers @ weight.to(torch.float32)) * (scale * weight_scale)
     return y if bias is None else y + bias
@@ -56,14 +64,13 @@ def linear_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
 @torch.library.custom_op("dcompile::linear_int8_dynamic", mutates_args=())
 def linear_int8_dynamic(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """As linear_int8, with the range of x taken from x itself (all samples of the batch together)."""
-    scale, zero_point = dynamic_range(x)
-    integers = torch.clamp(torch.round(x / scale) + zero_point, 0, 255) - zero_point
-    y = (integers @ weight.to(torch.float32)) * (scale * weight_scale)
-    return y if bias is None else y + bias
+    return linear_int8(x, weight, weight_scale, bias, *dynamic_range(x))
 
 
 @linear_int8.register_fake
-def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, scale: Tensor, zero_point: Tensor) -> Tensor:
+def _(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, scale: Tensor, zero_point: Tensor
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
@@ -87,9 +94,10 @@ def conv2d_int8(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """x [B, I, H, W] float32, weight [O, I/groups, h, w] int8, weight_scale [O] -> [B, O, H', W'], rounded to the output's scale.
+    """x [B, I, H, W] float32, weight [O, I/groups, h, w] int8, weight_scale [O] -> [B, O, H', W'].
 
-    Runtimes fuse an INT8 convolution only when its output is quantised too, so the output has a scale and a zero point of its own.
+    Runtimes fuse an INT8 convolution only when its output is quantised too, so the output has a scale and a zero point
+    of its own, and is rounded to them.
     """
     integers = quantize(x, scale, zero_point) - zero_point.to(torch.float32)
     y = torch.nn.functional.conv2d(integers, weight.to(torch.float32), None, stride, padding, dilation, groups)

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 from . import random
 from .engines import ENGINES, Array, check_ports
 from .errors import BundleError, EngineError, RequestError, did_you_mean
+from .images import to_pixels
 from .manifest import Call, Manifest, Table, read
 from .manifest import verify as verify_files
-from .images import to_pixels
 from .request import Label, read_conditions, read_seeds
 from .script import Stage, run
 

@@ -60,7 +60,7 @@ def build(tmp_path: Path) -> Build:
             conditions=(Condition("class_labels", "int64", (), 2, ("A", "B")),),
         )
         sample = Slot("sample")
-        inputs = {"sample": sample, "class_labels": Slot("class_labels"), "row": Table("row")}
+        inputs: dict[str, Slot | Table] = {"sample": sample, "class_labels": Slot("class_labels"), "row": Table("row")}
         manifest = Manifest(
             dcompile="0.1.0",
             name=name,

@@ -23,6 +23,7 @@ from dcompile.exporters.report import (
     compact,
     grid,
     human,
+    read_report,
     render_html,
     save_grid,
     table_rows,
@@ -30,6 +31,7 @@ from dcompile.exporters.report import (
     to_plain,
     write_report,
 )
+from dcompile.runtime.errors import BundleError
 
 RNG = np.random.default_rng(5)
 BEFORE = RNG.integers(0, 256, size=(5, 8, 6, 1), dtype=np.uint8)
@@ -74,7 +76,13 @@ REPORT: dict[str, Any] = {
             "details": {"removed": ["blocks.4"], "exact": True},
             "refused": [["blocks.0", "the first block stays"]],
         },
-        {"name": "quantize", "options": {}, "seconds": 0.4, "changed": 61, "error": 0.06},
+        {
+            "name": "quantize",
+            "options": {},
+            "seconds": 0.4,
+            "changed": 61,
+            "error": {"relative_error": 0.06, "psnr": 21.0},
+        },
     ],
     "plan": {"steps": 4, "sites": ["blocks 2-10"], "computed": [[True, False, False, True]]},
     "parity": [{"engine": "full", "max_abs_error": 1e-6, "relative_error": 2e-3, "tolerance": 1e-3}],
@@ -184,6 +192,34 @@ def test_what_is_not_json_becomes_json() -> None:
     assert found == {"a": 0.5, "b": [1, 2], "3": [None, True], "o": {"value": None, "where": "x"}}
 
 
+def test_headlines() -> None:
+    summary = {"speedup": 0.5, "size_ratio": 1.5, "flops_ratio": 0.25, "accuracy": 0.9, "psnr": 24.31, "note": None}
+    page = Page(render_html({"name": "x", "summary": summary | {"frechet_increase": 0.1, "watts": 12.0}}))
+    for said in (
+        "Speed-up 2.0× slower",
+        "Size on disk 1.50× larger",
+        "Operations a sample 4.0× fewer",
+        "Accuracy 90.0 %",
+        "PSNR, same seeds 24.3 dB",
+        "Fréchet distance +10.0 %",
+        "Watts 12",
+    ):
+        assert said in page.text
+    twice = Page(render_html({"name": "x", "summary": {"accuracy": 0.9, "accuracy_drop": 0.0}})).text
+    assert "±0 points" in twice
+    assert "90.0" not in twice
+
+
+def test_a_report_is_read_again(tmp_path: Path) -> None:
+    write_report(REPORT, tmp_path)
+    assert read_report(tmp_path)["name"] == "glyphs"
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(BundleError, match=r"report\.json: not JSON .*; build again"):
+        read_report(tmp_path)
+    with pytest.raises(BundleError, match=r"report\.json: not found; only"):
+        read_report(tmp_path / "nothing")
+
+
 def test_both_files_are_written(tmp_path: Path) -> None:
     json_path, html_path = write_report(REPORT, tmp_path / "deep/build", BEFORE, AFTER)
     assert html_path is not None
@@ -205,6 +241,7 @@ def test_both_files_are_written(tmp_path: Path) -> None:
         "−20 %",  # parameters against the original's
         "removed: blocks.4",
         "1 left alone",
+        "0.06 21.0 dB",
         "the first block stays",
         "psnr ≥ 30 not a number ✗ failed",
         "2.0e-03 1.0e-03 ✗ outside",
