@@ -11,14 +11,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 
+from . import __version__
 from .runtime.errors import DcompileError, RequestError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "Compile a trained diffusion model into an artifact to ship: "
         "smaller, faster, without PyTorch, with a report of what it cost."
@@ -35,11 +37,22 @@ app = typer.Typer(
     ),
 )
 out, err = Console(), Console(stderr=True)
-COMMANDS = ("build", "run", "inspect", "bench", "report")
 
 
-class Verbosity(Enum):
-    quiet, normal = range(2)
+def _show_version(asked: bool) -> None:
+    if asked:
+        out.print(f"dcompile {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    # No docstring: it would take the place of the help text above.
+    ...
 
 
 @app.command()
@@ -51,7 +64,7 @@ def build(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Bundle directory to write. [default: build/NAME]")
+        Path | None, typer.Option("-o", "--output", help="Bundle directory to write. (default: build/NAME)")
     ] = None,
     passes: Annotated[
         str | None,
@@ -62,19 +75,19 @@ def build(
     recipe: Annotated[
         Path | None, typer.Option(help="YAML file with any of these options; the command line overrides it.")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="Engine format. [default: onnx]")] = None,
+    target: Annotated[str | None, typer.Option(help="Engine format. (default: onnx)")] = None,
     shape: Annotated[
-        str | None, typer.Option(help="Sample without the batch, for example 4x32x32. [default: from the config]")
+        str | None, typer.Option(help="Sample without the batch, for example 4x32x32. (default: from the config)")
     ] = None,
     contract: Annotated[
         Path | None, typer.Option(help="YAML with the roles of the inputs, for networks that are not diffusers'.")
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="ddim, euler, dpm++2m, flow_euler, ... [default: the model's scheduler]")
+        str | None, typer.Option(help="ddim, euler, dpm++2m, flow_euler, ... (default: the model's scheduler)")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps. [default: the model's, or 30]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps. (default: the model's, or 30)")] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance scale; 1 is none. [default: the model's, or 1]")
+        float | None, typer.Option(help="Classifier-free guidance scale; 1 is none. (default: the model's, or 1)")
     ] = None,
     judge: Annotated[
         Path | None, typer.Option(help="Folder with judge.onnx, to measure accuracy and Fréchet distance.")
@@ -83,13 +96,13 @@ def build(
         str | None, typer.Option(help="Fail with exit code 3 unless met: accuracy_drop<=0.02,psnr>=20")
     ] = None,
     calibration_samples: Annotated[
-        int | None, typer.Option(min=1, help="Samples that passes measure on. [default: 8]")
+        int | None, typer.Option(min=1, help="Samples that passes measure on. (default: 8)")
     ] = None,
     eval_samples: Annotated[
-        int | None, typer.Option(min=0, help="Samples that quality is measured on. [default: 72]")
+        int | None, typer.Option(min=0, help="Samples that quality is measured on. (default: 72)")
     ] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Build only: measure neither quality nor speed.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an engine. [default: it decides]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an engine. (default: it decides)")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be built, and stop before measuring anything.")
     ] = False,
@@ -97,7 +110,7 @@ def build(
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Neither use nor keep results of earlier builds.")
     ] = False,
-    cache_dir: Annotated[Path | None, typer.Option(help="Where results are kept. [default: ~/.cache/dcompile]")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where results are kept. (default: ~/.cache/dcompile)")] = None,
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Load a pickled module, running the code in it.")
     ] = False,
@@ -125,11 +138,16 @@ def build(
     if dry_run:
         out.print(tree)
         return
-    from .exporters.report import terminal_table
+    from .exporters.report import can_draw, terminal_table
 
     out.print(terminal_table(dict(built.report)))
-    out.print(f"bundle  {built.bundle}\nreport  {built.bundle / 'report.html'}")
-    out.print(f"next    dcompile run {built.bundle} --seed 0 -o sample.png", highlight=False)
+    page = built.bundle / "report.html"
+    ending = "png" if len(built.report["recipe"]["shape"]) == 3 else "npy"
+    _lines(
+        bundle=built.bundle,
+        report=page if page.exists() else can_draw(),
+        next=f"dcompile run {built.bundle} --seed 0 -o sample.{ending}",
+    )
 
 
 @app.command()
@@ -151,7 +169,7 @@ def run(
         Path | None, typer.Option(help="An .npz or .safetensors file with the model's other inputs by name.")
     ] = None,
     columns: Annotated[int | None, typer.Option(min=1, help="Columns of the picture.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an engine. [default: it decides]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an engine. (default: it decides)")] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Generate samples from BUNDLE, without PyTorch."""
@@ -161,7 +179,7 @@ def run(
         listener.stage("loading")
         timing = generate_file(bundle, output, label, count, seed, conditions, columns, threads, listener.progress)
     spent = f"{timing.steps} steps in {timing.total_s:.2f} s, {100 * timing.overhead_frac:.1f} % outside the engines"
-    out.print(f"{output}  ({spent})")
+    out.print(f"{output}  ({spent})", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -194,7 +212,7 @@ def bench(
     bundles: Annotated[list[Path], typer.Argument(help="One or more bundles; each is compared with the first.")],
     batch: Annotated[int, typer.Option(min=1, help="Samples a request.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Timed requests of each bundle.")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an engine. [default: it decides]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an engine. (default: it decides)")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
 ) -> None:
@@ -224,7 +242,7 @@ def report(
     found = read_report(bundle)
     out.print(terminal_table(found))
     if (bundle / "report.html").exists():
-        out.print(f"pictures  {bundle / 'report.html'}")
+        _lines(pictures=bundle / "report.html")
 
 
 @app.command()
@@ -233,6 +251,13 @@ def passes() -> None:
     from .exporters.explain import passes_table
 
     out.print(passes_table())
+
+
+def _lines(**lines: object) -> None:
+    """Names and values, one a line, as they are: no markup, no colours, no line breaks inside."""
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        out.print(f"{name:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _recipe(path: Path | None, **given: Any) -> Any:
@@ -251,6 +276,15 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
     from .compiler.ingest import parse_shape
 
     return parse_shape(text) if text else None
+
+
+class _Time(ProgressColumn):
+    """Seconds since the stage began, and about how many are left."""
+
+    def render(self, task: Task) -> str:
+        spent = task.finished_time if task.finished_time is not None else task.elapsed or 0.0
+        left = task.time_remaining
+        return f"{spent:.0f} s" + (f", about {left:.0f} s left" if left and not task.finished else "")
 
 
 class _Bars:
@@ -274,6 +308,11 @@ class _Bars:
             self.bars.stop_task(self.task)
 
 
+class _Silent:
+    def stage(self, title: str) -> None: ...
+    def progress(self, fraction: float, text: str) -> None: ...
+
+
 class _Lines:
     """For logs: a line as each stage begins, with the seconds since the start."""
 
@@ -288,13 +327,11 @@ class _Lines:
 
 @contextmanager
 def _listener(quiet: bool) -> Iterator[Any]:
-    from .exporters.build import Silent
-
     if quiet:
-        yield Silent()
+        yield _Silent()
         return
-    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(bar_width=24),
-               TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("[dim]{task.fields[doing]}"))  # fmt: skip
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}", markup=False),
+               BarColumn(bar_width=24), _Time(), TextColumn("[dim]{task.fields[doing]}"))  # fmt: skip
     if not err.is_terminal:
         yield _Lines()
         return
@@ -306,12 +343,8 @@ def _listener(quiet: bool) -> Iterator[Any]:
 
 def main() -> None:
     """Entry point. A first argument that is no command or option is a model: `dcompile model.pt --passes ...`."""
-    arguments = sys.argv[1:]
-    names = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
-    if arguments and arguments[0] not in names and (not arguments[0].startswith("-") or _is_build_option(arguments[0])):
-        arguments = ["build", *arguments]
     try:
-        app(arguments, prog_name="dcompile")
+        app(_with_command(sys.argv[1:]), prog_name="dcompile")
     except DcompileError as error:
         err.print(f"[bold red]error:[/bold red] {_plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
@@ -324,8 +357,15 @@ def main() -> None:
         sys.exit(130)
 
 
-def _is_build_option(argument: str) -> bool:
-    return argument not in ("--help", "-h", "--version")
+def _with_command(arguments: list[str]) -> list[str]:
+    """The arguments, with `build` before those that begin with a model or with an option of build."""
+    names = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
+    if not arguments or arguments[0] in (*names, "-h", "--help", "--version"):
+        return arguments
+    meant = get_close_matches(arguments[0], names, n=1)
+    if meant and not Path(arguments[0]).exists():
+        raise RequestError(f"{arguments[0]}: no such command or model; did you mean {meant[0]!r}?")
+    return ["build", *arguments]
 
 
 def _plain(error: DcompileError) -> str:

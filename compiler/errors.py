@@ -27,6 +27,10 @@ class PassError(DcompileError):
     """A pass cannot do its work on this program, or what it made does not run."""
 
 
+class StoreError(DcompileError):
+    """Results of passes cannot be kept on disk."""
+
+
 class GateError(DcompileError):
     """The artifact was built, measured, and found worse than the recipe allows."""
 

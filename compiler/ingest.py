@@ -197,8 +197,9 @@ def load_folder(folder: Path) -> nn.Module:
         import diffusers
     except ImportError as error:
         raise IngestError("reading a diffusers folder needs diffusers: pip install 'dcompile[diffusers]'") from error
-    cls = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
-    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
+    cls: Any = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
+    is_network = inspect.isclass(cls) and issubclass(cls, nn.Module)
+    if not is_network:
         known = [n for n in dir(diffusers) if n.endswith("Model")]
         raise IngestError(
             f"{folder}/config.json: diffusers has no model class {class_name!r}; {did_you_mean(str(class_name), known)}"
@@ -211,12 +212,12 @@ def load_folder(folder: Path) -> nn.Module:
     for file in weights:
         check_safetensors(file)
     try:
-        network = cls.from_pretrained(
+        network: nn.Module = cls.from_pretrained(
             str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
         )
     except Exception as error:
         raise IngestError(f"{folder}: diffusers cannot load it as {class_name}: {_last_line(error)}") from error
-    return network  # type: ignore[no-any-return]
+    return network
 
 
 def check_safetensors(file: Path) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from .errors import IngestError
+from .recipe import what_failed
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 
@@ -81,7 +82,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise IngestError(f"contract {path}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise IngestError(f"contract {path}: cannot be read ({what_failed(error)})") from error
     if not isinstance(data, dict):
         raise IngestError(
             f"contract {path}: needs a mapping with at least `sample: <argument name>`; found {type(data).__name__}"

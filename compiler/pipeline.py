@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..runtime.errors import DcompileError
 from .calibrate import Calibration, Progress, calibrate, no_progress
-from .errors import DcompileError, PassError
+from .errors import PassError
 from .flops import sample_flops
 from .program import Decision, Pass, PassResult, Program
 from .recipe import options_of

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from ..runtime.errors import did_you_mean
 from .errors import RecipeError
 from .program import Pass
 
 Step = tuple[str, dict[str, Any]]
+
+_OUTER_COMMA = re.compile(r",(?![^\[]*\])")
 
 
 class Recipe(BaseModel):
@@ -35,6 +38,12 @@ class Recipe(BaseModel):
     judge: Path | None = None
     gate: str | None = None
 
+    @field_validator("passes", mode="before")
+    @classmethod
+    def _one_line(cls, value: Any) -> Any:
+        """`passes: prune,cache` is short for a list of one entry."""
+        return (value,) if isinstance(value, str) else value
+
     def steps_of_passes(self) -> list[Step]:
         return [step for entry in self.passes for step in _entry(entry)]
 
@@ -44,12 +53,20 @@ def read_recipe(path: Path) -> Recipe:
     try:
         data = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise RecipeError(f"recipe {path}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise RecipeError(f"recipe {path}: cannot be read ({what_failed(error)})") from error
     if not isinstance(data, dict):
         raise RecipeError(
             f"recipe {path}: needs a mapping such as `passes: [prune, cache, quant]`; found {type(data).__name__}"
         )
     return parse_recipe(data, str(path))
+
+
+def what_failed(error: OSError | yaml.YAMLError) -> str:
+    """Why a YAML file cannot be read, in one line, with the place if there is one."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
 
 
 def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
@@ -60,16 +77,18 @@ def parse_recipe(data: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        raise RecipeError(f"recipe {where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        message = first["msg"].replace("tuple", "list")
+        raise RecipeError(f"recipe {where}: {'.'.join(map(str, first['loc']))}: {message}") from error
 
 
 def parse_passes(text: str) -> list[Step]:
     """'prune:ratio=0.25,method=greedy,cache:interval=3' -> [('prune', {'ratio': 0.25, ...}), ('cache', {...})].
 
-    A comma starts an option of the same pass if what follows is `name=value`, and the next pass otherwise.
+    A comma starts an option of the same pass if what follows is `name=value`, and the next pass otherwise; inside
+    brackets it separates the values of a list: prune:blocks=[blocks.1,blocks.2].
     """
     steps: list[Step] = []
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
+    for part in filter(None, (piece.strip() for piece in _OUTER_COMMA.split(text))):
         name, colon, option = part.partition(":")
         if "=" in name and not colon:
             if not steps:
@@ -86,7 +105,10 @@ def _option(text: str, whole: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise RecipeError(f"--passes {whole!r}: {text!r} is no option; write name=value, as in prune:ratio=0.25")
-    return {key.strip(): yaml.safe_load(value)}
+    try:
+        return {key.strip(): yaml.safe_load(value)}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--passes {whole!r}: {text!r} has a value that is no YAML") from error
 
 
 def _entry(entry: str | Mapping[str, Mapping[str, Any] | None]) -> list[Step]:
@@ -118,7 +140,8 @@ def _build(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"step {number} ({name!r}): {where} is {first['input']!r}: {first['msg']}") from error
+        message = first["msg"].replace("tuple", "list, as in [a,b]")
+        raise RecipeError(f"step {number} ({name!r}): {where} is {first['input']!r}: {message}") from error
     except RecipeError as error:
         raise RecipeError(f"step {number}: {error}") from error
     return made

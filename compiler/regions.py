@@ -2,11 +2,12 @@
 
 A *region* is what one item of a ModuleList computes. It is a *block* when it carries a residual stream (an output that
 is an input plus something) and a *stage* otherwise (a U-Net's down or up stage, whose shapes change); stages nest
-blocks. Regions are found from the module paths that torch.export leaves on the nodes.
+blocks. Regions are found from the module paths that torch.export leaves on the nodes, and from repeated structure where there are none.
 """
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from .repeats import CLASS as REPEAT_CLASS
+from .repeats import lend_paths
 from .rewrite import aten, hint, is_call, shape_of, tensor_of
 
 # Unary calls through which a residual stream is still the same stream.
@@ -72,7 +75,13 @@ class Region:
 def find_regions(module: fx.GraphModule) -> tuple[Region, ...]:
     """The outermost regions of a graph, in the order in which they run."""
     calls = [node for node in module.graph.nodes if node.op == "call_function"]
-    return _find(calls, depth=0)
+    if any(module_path(node) for node in calls):
+        return _find(calls, depth=0)
+    members: dict[str, list[fx.Node]] = defaultdict(list)
+    for node, path in lend_paths(calls).items():
+        members[path].append(node)
+    found = (_region(path, REPEAT_CLASS, nodes) for path, nodes in members.items())
+    return tuple(region for region in found if region is not None)
 
 
 def all_blocks(module: fx.GraphModule) -> tuple[Region, ...]:
@@ -134,11 +143,48 @@ def _region(path: str, module_class: str, nodes: Sequence[fx.Node]) -> Region | 
 def _stream(output: fx.Node, inputs: dict[fx.Node, None], inside: set[fx.Node], path: str) -> Stream | None:
     """Follow the additions from an output back to an input of the same shape."""
     found = _follow(output, inputs, inside, path)
+    if found is not None:
+        entry, branches = found
+        return Stream(entry.name, output.name, branches)
+    joined = _joined_entry(output, inputs, inside, path)
+    return Stream(joined.name, output.name) if joined is not None else None
+
+
+def _joined_entry(
+    output: fx.Node, inputs: dict[fx.Node, None], inside: set[fx.Node], path: str
+) -> fx.Node | None:
+    """The input in the output's place where streams are joined, updated as one, and cut apart (FLUX's single blocks)."""
+    cut = _cut_from(output)
+    if cut is None:
+        return None
+    source, dim, start = cut
+    found = _follow(source, {node: None for node in inside if is_call(node, aten.cat.default)}, inside, path)
     if found is None:
-        same = [n for n in inputs if shape_of(n) == shape_of(output) and len(shape_of(n)) > 2]
-        return Stream(same[0].name, output.name) if len(same) == 1 else None
-    entry, branches = found
-    return Stream(entry.name, output.name, branches)
+        return None
+    parts, *axis = found[0].args
+    assert isinstance(parts, list | tuple)
+    if (axis[0] if axis else 0) != dim:
+        return None
+    offset = 0
+    for part in parts:
+        assert isinstance(part, fx.Node)
+        if offset == start and part in inputs and shape_of(part) == shape_of(output):
+            return part
+        offset += hint(shape_of(part)[dim])
+    return None
+
+
+def _cut_from(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """(what it is a slice or a split of, along which dimension, from where); None for what is neither."""
+    if is_call(node, aten.slice.Tensor) and len(node.args) > 2:
+        source, dim, start = node.args[:3]
+        if isinstance(source, fx.Node) and isinstance(dim, int) and isinstance(start, int):
+            return source, dim, start % hint(shape_of(source)[dim])
+    if is_call(node, operator.getitem) and isinstance(split := node.args[0], fx.Node):
+        if is_call(split, aten.split_with_sizes.default) and isinstance(split.args[0], fx.Node):
+            sizes, *axis = split.args[1:]
+            return split.args[0], axis[0] if axis else 0, sum(sizes[: node.args[1]])
+    return None
 
 
 def _follow(

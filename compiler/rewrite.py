@@ -34,7 +34,7 @@ def placeholders(module: fx.GraphModule) -> dict[str, fx.Node]:
 
 
 def output_node(module: fx.GraphModule) -> fx.Node:
-    node = next(reversed(module.graph.nodes))
+    node: fx.Node = next(reversed(module.graph.nodes))
     assert node.op == "output"
     return node
 
@@ -46,6 +46,7 @@ def output_values(module: fx.GraphModule) -> tuple[fx.Node, ...]:
 
 
 def node_named(module: fx.GraphModule, name: str) -> fx.Node:
+    node: fx.Node
     for node in module.graph.nodes:
         if node.name == name:
             return node

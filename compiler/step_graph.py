@@ -164,7 +164,15 @@ def export_step(step: Step) -> fx.GraphModule:
 def _export(step: Step, values: Mapping[str, Tensor], batch: Any) -> fx.GraphModule:
     dynamic = (tuple(None if name in _UNBATCHED else {0: batch} for name in values),)
     with torch.no_grad(), _quiet_export():
-        return torch.export.export(step, tuple(values.values()), dynamic_shapes=dynamic).module()
+        exported = torch.export.export(step, tuple(values.values()), dynamic_shapes=dynamic)
+        # Writes into a tensor (Wan's rotary embedding fills an empty one) look dead to everything that follows uses.
+        if any(writes_in_place(node) for node in exported.graph.nodes):
+            exported = exported.run_decompositions({})
+        return exported.module()
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 @contextmanager
@@ -216,8 +224,13 @@ def flatten(module: fx.GraphModule, names: list[str]) -> fx.GraphModule:
 
 
 def drop_no_ops(module: fx.GraphModule) -> fx.GraphModule:
-    """Remove casts to the same type, dropout outside training, clones, products with 1 and sums with 0."""
+    """Remove casts to the same type, dropout outside training, clones, products with 1 and sums with 0.
+
+    A view becomes a reshape: it counts on strides that the clones and copies removed here, or a pass, may change.
+    """
     for node in list(module.graph.nodes):
+        if is_call(node, aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
         if _is_no_op(node):
             node.replace_all_uses_with(node.args[0])
     return rewrite.finish(module)

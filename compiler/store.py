@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
+from .errors import StoreError
 from .program import Program
 from .rewrite import weights
 
@@ -38,16 +39,23 @@ class Store:
             return None
 
     def put(self, key: str, values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Arrays first, then the JSON that makes the entry visible, each written aside and renamed."""
+        """Arrays first, then the JSON that makes the entry visible, each written aside and renamed.
+
+        Raises StoreError when the directory cannot be written to.
+        """
         if self.directory is None:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
         contiguous = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-        with tempfile.TemporaryDirectory(dir=self.directory) as aside:
-            save_file(contiguous, f"{aside}/arrays")
-            (Path(aside) / "values").write_text(json.dumps(values))
-            os.replace(f"{aside}/arrays", self.directory / f"{key}.safetensors")
-            os.replace(f"{aside}/values", self.directory / f"{key}.json")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.directory) as aside:
+                (Path(aside) / "arrays").write_bytes(save(contiguous))
+                (Path(aside) / "values").write_text(json.dumps(values))
+                os.replace(f"{aside}/arrays", self.directory / f"{key}.safetensors")
+                os.replace(f"{aside}/values", self.directory / f"{key}.json")
+        except OSError as error:
+            hint = "make room, give another --cache-dir, or build with --no-cache"
+            raise StoreError(f"{self.directory}: results cannot be kept here ({error.strerror}); {hint}") from error
 
 
 def digest(*parts: Any) -> str:

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from ..runtime import EngineError, RequestError, Session, load
+from ..runtime.manifest import read
 from ..runtime.measure import example_conditions
 from ..runtime.request import Label
 
@@ -45,6 +46,8 @@ def bench(
     if labels is not None and len(labels) != batch:
         raise RequestError(f"bench: {len(labels)} labels for a batch of {batch}; give one a sample")
     paths = {name: Path(path) for name, path in bundles.items()}
+    for path in paths.values():
+        read(path)  # what is no bundle is refused before anything is timed
     tell = _counter(progress, total=len(paths) * (repeats + 2))
     fresh = {}
     for name, path in paths.items():

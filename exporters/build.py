@@ -6,13 +6,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import __version__
 from ..compiler import quality
 from ..compiler.errors import GateError, RecipeError
 from ..compiler.flops import sample_flops
@@ -25,7 +26,7 @@ from ..passes import PASSES, SHORT_NAMES
 from ..runtime.errors import did_you_mean
 from . import onnx as onnx_target
 from .bench import bench, machine, measure_fresh
-from .bundle import check_output, remove_leftovers, write_bundle, written_aside
+from .bundle import check_output, is_whole, tool_versions, write_bundle, written_aside
 from .evaluate import eval_labels, sample
 from .lower import Lowered, lower
 from .parity import Parity, check_parity
@@ -49,6 +50,19 @@ class Silent:
     def stage(self, title: str) -> None: ...
 
     def progress(self, fraction: float, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """Shows the progress of parts of a stage, and their titles beside it."""
+
+    listener: Listener
+
+    def stage(self, title: str) -> None:
+        self.listener.progress(0.0, title)
+
+    def progress(self, fraction: float, text: str) -> None:
+        self.listener.progress(fraction, text)
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ def compile_model(
     """
     recipe, settings, output = recipe or Recipe(), settings or Settings(), Path(output)
     passes, gates, judge = check_recipe(recipe, settings)
-    check_output(output, settings.force)
+    check_output(output, settings.force, inputs_of(model, recipe))
     listener = settings.listener
     listener.stage(f"reading {model}")
     original = ingest(source_of(model, recipe, settings))
@@ -107,9 +121,10 @@ def compile_model(
             with baseline_bundle(original, recipe.target, output, settings) as baseline:
                 before, after = measure(report, baseline, folder, recipe.eval_samples, judge, store, original, settings)
         outcomes = quality.check_gates(gates, figures_of(report))
-        report["gates"] = [asdict(outcome) for outcome in outcomes]
-        report["passed"] = all(outcome.passed for outcome in outcomes)
-        if not report["passed"]:
+        if gates:
+            report["gates"] = [asdict(outcome) for outcome in outcomes]
+            report["passed"] = all(outcome.passed for outcome in outcomes)
+        if not report.get("passed", True):
             kept = output.parent / f"{output.name}.report"
             shutil.rmtree(kept, ignore_errors=True)
             kept.mkdir(parents=True)
@@ -129,10 +144,18 @@ def check_recipe(
     gates = quality.parse_gates(recipe.gate or "")
     if gates and not settings.evaluate:
         raise RecipeError("a gate needs the evaluation; leave --no-eval out")
+    sampled = [gate.metric for gate in gates if gate.metric not in quality.MEASURED]
+    if sampled and not recipe.eval_samples:
+        raise RecipeError(f"gate on {sampled[0]!r} needs samples: give --eval-samples 1 or more, or drop the gate")
     judge = quality.load_judge(recipe.judge, settings.threads) if recipe.judge else None
     if judge is None and (judged := [gate.metric for gate in gates if gate.metric in quality.JUDGED]):
         raise RecipeError(f"gate on {judged[0]!r} needs a judge: give --judge DIRECTORY, or drop the gate")
     return passes, gates, judge
+
+
+def inputs_of(model: str, recipe: Recipe) -> list[Path]:
+    """The files and folders that a build reads."""
+    return [Path(model), *filter(None, (recipe.contract, recipe.judge))]
 
 
 def source_of(model: str, recipe: Recipe, settings: Settings) -> Source:
@@ -185,19 +208,18 @@ def export(
 @contextmanager
 def baseline_bundle(original: Program, target: str, output: Path, settings: Settings) -> Iterator[Path]:
     """The uncompressed model as a bundle for the same target: what the artifact is compared with. Kept in the cache."""
-    kept = settings.cache / f"baseline-{target}-{digest(fingerprint(original))}" if settings.cache else None
-    folder = kept or output.parent / f".{output.name}.baseline-{os.getpid()}"
+    passing = output.parent / f".{output.name}.baseline-{os.getpid()}"  # is removed with the leftovers if we are killed
+    key = digest(__version__, tool_versions(), fingerprint(original))
+    folder = settings.cache / f"baseline-{target}-{key}" if settings.cache else passing / "bundle"
     try:
-        if not (folder / "manifest.json").exists():
-            quiet = Settings(threads=settings.threads, listener=settings.listener)
+        if not is_whole(folder):
             settings.listener.stage("exporting the uncompressed model, to compare with")
-            remove_leftovers(folder)
+            inside = replace(settings, listener=_Inside(settings.listener))
             with written_aside(folder) as aside:
-                export(original, target, {"passes": []}, aside, quiet)
+                export(original, target, {"passes": []}, aside, inside)
         yield folder
     finally:
-        if kept is None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(passing, ignore_errors=True)
 
 
 def describe(
@@ -238,7 +260,7 @@ def measure(
     figures: dict[str, float] = {}
     if count:
         listener.stage("sampling, to compare quality")
-        before = _kept_samples(baseline, count, store, original, settings)
+        before = _kept_samples(baseline, count, store, settings)
         after = sample(folder, count, settings.threads, lambda f: listener.progress(f, "the compiled model"))
         contract = original.contract
         labels = eval_labels(folder, count)
@@ -260,10 +282,8 @@ def measure(
     return images
 
 
-def _kept_samples(
-    baseline: Path, count: int, store: Store, original: Program, settings: Settings
-) -> NDArray[np.float32]:
-    key = digest("baseline samples", fingerprint(original), baseline.name.startswith("baseline"), count)
+def _kept_samples(baseline: Path, count: int, store: Store, settings: Settings) -> NDArray[np.float32]:
+    key = digest("baseline samples", baseline.name, count)
     kept = store.get(key)
     if kept:
         return kept[1]["samples"]

@@ -23,7 +23,8 @@ from ..compiler.regions import Region
 from ..compiler.rewrite import attribute
 from ..passes import PASSES, SHORT_NAMES
 from ..runtime.manifest import Call, Contract, read, verify
-from .build import Settings, check_recipe, source_of
+from .build import Settings, check_recipe, inputs_of, source_of
+from .bundle import check_output
 from .report import human
 
 
@@ -76,13 +77,14 @@ def _size(parameters: int, flops: float) -> str:
 def plan_tree(model: str, output: Path, recipe: Recipe, settings: Settings) -> Tree:
     """What a build would do, after all of its checks: the model as read, and each pass with all of its options."""
     passes, gates, judge = check_recipe(recipe, settings)
+    check_output(output, settings.force, inputs_of(model, recipe))
     program = ingest(source_of(model, recipe, settings))
     tree = Tree(f"[bold]{model}[/bold] -> {output}  (dry run: nothing is measured or written)")
     tree.add(contract_line(program.contract))
     steps = tree.add("passes") if passes else tree.add("no passes: the model as it is")
     for step in passes:
         options = ", ".join(f"{name}={value}" for name, value in options_of(step).items())
-        branch = steps.add(f"[bold]{step.name}[/bold]  {options}")
+        branch = steps.add(f"[bold]{step.name}[/bold]  {options}".rstrip())
         if step.name == "cache_steps":
             branch.add(_plan_line(program, step))
     measured = (
@@ -102,7 +104,7 @@ def _plan_line(program: Program, step: Any) -> str:
         return str(error)
     full = [i for i in range(plan.steps) if all(plan.mask(i))]
     names = ", ".join(site.name for site in plan.sites[:3]) + (", ..." if len(plan.sites) > 3 else "")
-    return f"{len(plan.sites)} sites ({names}); full steps: {full}"
+    return f"{len(plan.sites)} {'site' if len(plan.sites) == 1 else 'sites'} ({names}); full steps: {full}"
 
 
 def bundle_tree(path: Path, check: bool) -> Tree:

@@ -33,7 +33,7 @@ _INLINE_BYTES = 1024  # smaller initialisers stay in the .onnx
 
 def _linear_int8(x: Any, weight: Any, weight_scale: Any, bias: Any, scale: Any, zero_point: Any) -> Any:
     """Q/DQ around MatMul -> MatMulIntegerToFloat in ONNX Runtime."""
-    real_x = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+    real_x: Any = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
     y = op.MatMul(real_x, op.DequantizeLinear(weight, weight_scale, axis=1))
     return y if bias is None else _plus_bias(x, y, bias)
 
@@ -59,7 +59,8 @@ def _conv2d_int8(
     """Q/DQ on input, weight and output -> QLinearConv in ONNX Runtime."""
     real_x = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
     real_weight = op.DequantizeLinear(weight, weight_scale, axis=0)
-    attributes = {"strides": list(stride), "pads": [*padding, *padding], "dilations": list(dilation), "group": groups}
+    attributes: dict[str, Any] = {"strides": list(stride), "dilations": list(dilation), "group": groups}
+    attributes["pads"] = [*padding, *padding]
     y = op.Conv(real_x, real_weight, *([] if bias is None else [bias]), **attributes)
     return op.DequantizeLinear(op.QuantizeLinear(y, out_scale, out_zero_point), out_scale, out_zero_point)
 
@@ -152,7 +153,7 @@ class _SharedWeights:
                 offset,
                 length,
                 tensor.dtype,
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=str(value.name),
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -160,7 +161,7 @@ class _Errors:
     def relative(self, layer: str) -> float | None:
         if layer not in self.energy:
             return None
-        return (self.error[layer] / max(self.energy[layer], 1e-30)) ** 0.5
+        return math.sqrt(self.error[layer] / max(self.energy[layer], 1e-30))
 
 
 def _alone(graph: fx.GraphModule, node: fx.Node) -> fx.GraphModule:

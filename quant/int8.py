@@ -64,7 +64,8 @@ def linear_int8(
 @torch.library.custom_op("dcompile::linear_int8_dynamic", mutates_args=())
 def linear_int8_dynamic(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """As linear_int8, with the range of x taken from x itself (all samples of the batch together)."""
-    return linear_int8(x, weight, weight_scale, bias, *dynamic_range(x))
+    y: Tensor = linear_int8(x, weight, weight_scale, bias, *dynamic_range(x))
+    return y
 
 
 @linear_int8.register_fake

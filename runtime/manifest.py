@@ -54,7 +54,7 @@ class Contract:
     steps: int
     guidance: float
     initial_scale: float
-    stochastic: bool  # slot "noise" is refilled with fresh normal noise before every call
+    stochastic: bool  # slot "noise" holds fresh normal noise at every step
     batch: Batch
     conditions: tuple[Condition, ...]
 

@@ -1,7 +1,7 @@
 """Normal noise that is the same on every machine and in every language: Philox 4x32-10, then Box-Muller.
 
 The rule, for element e of one sample (C order, without the batch axis), its 64-bit seed, and a draw number
-(0 = first noise, k + 1 = noise for call k):
+(0 = first noise, k + 1 = noise for step k, however many engines a step calls):
 
     counter = (block & 0xFFFFFFFF, block >> 32, draw, 0)   block = e // 4
     key     = (seed & 0xFFFFFFFF, seed >> 32)

@@ -32,16 +32,17 @@ def run(
     tables: Mapping[str, Array],
     slots: dict[str, Array],
     *,
-    before_call: Callable[[int], None] | None = None,
+    before_step: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> Spent:
     """Runs the rows on `slots`, in place.
 
     Args:
-        before_call: told the number of calls so far; may refill slots.
+        before_step: told the number of steps so far, before the first call of each; may refill slots.
         after_step: told the number of steps so far; a step ends with the call that writes slot "sample".
     """
     position = rows = calls = steps = 0
+    begun = -1
     engines_s = 0.0
     while position < len(script):
         row, rows = script[position], rows + 1
@@ -50,8 +51,9 @@ def run(
         if isinstance(row, Jump):
             position = row.jump if _scalar(slots, row.slot) < np.float32(row.below) else position + 1
             continue
-        if before_call:
-            before_call(calls)
+        if before_step and begun != steps:
+            before_step(steps)
+            begun = steps
         spec, engine = stages[row.call]
         inputs = {name: _value(source, row, tables, slots) for name, source in spec.inputs.items()}
         started = perf_counter()

@@ -107,8 +107,8 @@ class Session:
             slots[name] = np.zeros(spec.at(len(seeds)), dtype=spec.dtype)
         slots |= given
 
-        def refill(call: int) -> None:
-            slots["noise"] = noise(call + 1)
+        def refill(step: int) -> None:
+            slots["noise"] = noise(step + 1)
 
         def report(step: int) -> None:
             assert callback is not None
@@ -119,7 +119,7 @@ class Session:
             self._stages,
             self._tables,
             slots,
-            before_call=refill if contract.stochastic else None,
+            before_step=refill if contract.stochastic else None,
             after_step=report if callback else None,
         )
         self.last_timing = Timing(perf_counter() - started, spent.engines_s, spent.calls, spent.steps)

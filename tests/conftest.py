@@ -1,16 +1,24 @@
 """What every test gets: fixed seeds, no network, and markers that skip with a reason."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import random
 import socket
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:  # a test of the runtime must not pay for the import of torch
+    from dcompile.compiler.calibrate import Calibration
+    from dcompile.compiler.program import Program
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports diffusers, which reads it once
 
@@ -76,3 +84,64 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(encoding="utf-8")
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder: DiT with ten classes, flow matching."""
+    import models
+
+    return models.save(models.dit(), tmp_path_factory.mktemp("dit"), models.SCHEDULERS["flow"])
+
+
+@pytest.fixture(scope="session")
+def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder: UNet2D whose contract says that the last of its eleven labels means none."""
+    import models
+
+    folder = tmp_path_factory.mktemp("unet")
+    return models.save(models.unet2d(), folder, models.SCHEDULERS["flow"], contract__yaml=models.UNET_CONTRACT)
+
+
+@pytest.fixture(scope="session")
+def dit(dit_folder: Path) -> Program:
+    """Six steps of flow matching under guidance: one batch of both halves."""
+    from dcompile.compiler.ingest import Source, ingest
+
+    return ingest(Source(str(dit_folder), steps=6, guidance=2.0))
+
+
+@pytest.fixture(scope="session")
+def unet(unet_folder: Path) -> Program:
+    """Six steps of flow matching, no guidance."""
+    from dcompile.compiler.ingest import Source, ingest
+
+    return ingest(Source(str(unet_folder), steps=6))
+
+
+@pytest.fixture(scope="session")
+def program_of() -> Callable[[str], Program]:
+    """Any of models.ARCHITECTURES as a program of four steps; each is ingested once."""
+    import models
+
+    from dcompile.compiler.ingest import Source, ingest
+
+    @cache
+    def make(name: str) -> Program:
+        architecture = models.ARCHITECTURES[name]
+        return ingest(Source(architecture.spec, shape=architecture.shape, sampler=architecture.sampler, steps=4))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def calibration_of() -> Callable[[Program], Calibration]:
+    """Two samples of the program's own trajectory, run once; valid for what passes make of it too."""
+    from dcompile.compiler.calibrate import calibrate
+
+    made: dict[int, Calibration] = {}
+
+    def make(program: Program) -> Calibration:
+        return made.setdefault(id(program), made.get(id(program)) or calibrate(program, 2))
+
+    return make

@@ -206,6 +206,7 @@ class TokenBlock(nn.Module):
         return hidden + update
 
 
+UNET_CONTRACT = "conditions:\n  class_labels: {dtype: int64, classes: 10, unconditional: 10}\n"
 TOKENS_CONTRACT = "sample: x\ntimestep: sigma\nsample_shape: [6, 4]\npredicts: flow\n"
 
 

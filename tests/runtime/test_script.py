@@ -69,7 +69,7 @@ def test_an_endless_loop_ends() -> None:
 
 
 def test_steps_end_where_the_sample_is_written() -> None:
-    calls: list[int] = []
+    begun: list[int] = []
     steps: list[tuple[int, float]] = []
     slots = start()
     script = [Call("peek", 0), Call("add", 0), Call("peek", 0), Call("add", 1)]
@@ -78,10 +78,10 @@ def test_steps_end_where_the_sample_is_written() -> None:
         STAGES,
         TABLES,
         slots,
-        before_call=calls.append,
+        before_step=begun.append,
         after_step=lambda step: steps.append((step, float(slots["sample"][0]))),
     )
-    assert calls == [0, 1, 2, 3]
+    assert begun == [0, 1]
     assert steps == [(1, 1.0), (2, 11.0)]
     assert (spent.calls, spent.steps) == (4, 2)
 
