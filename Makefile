@@ -18,12 +18,14 @@ PACKAGE := __init__.py cli.py compiler exporters kernels passes quant runtime
 SOURCES := $(shell find $(wildcard $(PACKAGE)) -not -path '*/__pycache__*')  # folders too: they change when a file goes
 CHECKED := $(wildcard tests examples benchmarks)
 OUTPUT := build/glyphs
-DEMO := $(BIN)/dcompile examples/glyphs/model --passes prune,cache,quant,fold --target onnx -o $(OUTPUT)
+PASSES := prune:count=1,cache:interval=3,quant,fold
+DEMO := $(BIN)/dcompile examples/glyphs/model --passes $(PASSES) --judge examples/glyphs --gate 'accuracy_drop<=0.03' -o $(OUTPUT)
 
 demo: $(INSTALLED)
 	$(DEMO)
-	@echo; echo "In $(OUTPUT):"
-	@find $(OUTPUT) \( -name '*.png' -o -name '*.html' \) | sort | sed 's/^/  /'
+	$(BIN)/dcompile run $(OUTPUT) -n 36 --seed 0 -o $(OUTPUT).png
+	@echo; echo "samples of the compiled model   $(OUTPUT).png"
+	@echo "report with pictures            $(OUTPUT)/report.html"
 
 test: check
 	$(BIN)/pytest -q

@@ -11,19 +11,20 @@ Each name is imported on first use, so `import dcompile` loads neither PyTorch n
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
 __all__ = ["Recipe", "__version__", "compile", "load"]
 
 _HOME = {  # public name: (module, name there)
     "Recipe": (".compiler.recipe", "Recipe"),
     "compile": (".exporters.build", "compile_model"),
     "load": (".runtime", "load"),
+    "__version__": (".runtime.version", "__version__"),
 }
 
 if TYPE_CHECKING:  # and no __getattr__: a type checker would take any name for an object
     from .compiler.recipe import Recipe
     from .exporters.build import compile_model as compile
     from .runtime import load
+    from .runtime.version import __version__
 else:
 
     def __getattr__(name: str) -> object:

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 
-from . import __version__
+from .runtime.version import __version__
 from .runtime.errors import DcompileError, RequestError
 
 app = typer.Typer(

@@ -64,11 +64,11 @@ def ingest(source: Source) -> Program:
         )
     assert spec.predicts is not None
     scheduler = make_scheduler(source.sampler, scheduler_config, predicts=spec.predicts)
-    steps = source.steps or spec.steps or DEFAULT_STEPS
+    steps = next(given for given in (source.steps, spec.steps, DEFAULT_STEPS) if given is not None)
     if steps < 1:
         raise IngestError(f"--steps {steps}: at least 1 is needed")
     sampler = probe(scheduler, steps, prediction=spec.predicts)
-    guidance = source.guidance if source.guidance is not None else (spec.guidance or 1.0)
+    guidance = next(given for given in (source.guidance, spec.guidance, 1.0) if given is not None)
     if guidance != 1.0 and not condition_inputs(spec, guided=False):
         raise IngestError(f"--guidance {guidance}: the model has no condition to guide by; leave --guidance out")
     step = Step(network.eval(), spec, sampler, guidance)
@@ -192,7 +192,7 @@ def load_folder(folder: Path) -> nn.Module:
             raise IngestError(f"{folder}: is a whole pipeline; give its denoiser: {folder / inner[0]}")
         raise IngestError(f"{folder}: has no config.json; a diffusers model folder holds config.json and *.safetensors")
     config = read_json(folder / "config.json")
-    class_name = config.get("_class_name")
+    class_name = config.get("_class_name") if isinstance(config, dict) else None
     try:
         import diffusers
     except ImportError as error:
@@ -212,11 +212,22 @@ def load_folder(folder: Path) -> nn.Module:
     for file in weights:
         check_safetensors(file)
     try:
-        network: nn.Module = cls.from_pretrained(
-            str(folder), torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+        network: nn.Module
+        network, loading = cls.from_pretrained(
+            str(folder),
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:
         raise IngestError(f"{folder}: diffusers cannot load it as {class_name}: {_last_line(error)}") from error
+    missing = [name for name, _ in network.named_parameters() if name in loading["missing_keys"]]
+    if missing:  # diffusers fills them with random numbers
+        raise IngestError(
+            f"{folder}: its safetensors lack {len(missing)} weights of {class_name}, {missing[0]!r} first; "
+            "config.json is another model's, or a file is missing: copy or download it again"
+        )
     return network
 
 
@@ -244,19 +255,28 @@ def load_archive(path: Path) -> nn.Module:
 
 
 class ArchivedNetwork(nn.Module):
-    """A torch.export archive, called with keyword arguments by the names of its inputs."""
+    """A torch.export archive, called with keyword arguments by the names of its inputs.
+
+    Its modules are made again, because regions are found by their paths. Inputs that were no tensors stay as they were.
+    """
 
     def __init__(self, exported: torch.export.ExportedProgram) -> None:
         super().__init__()
-        self.inner = exported.module()
+        self.inner = torch.export.unflatten(exported)
         args, kwargs = exported.example_inputs or ((), {})
         names = [str(name) for name in exported.graph_signature.user_inputs]
-        self.positional = names[: len(args)]
-        self.argument_names = (*self.positional, *kwargs)
+        self.positional = dict(zip(names, args, strict=False))
+        self.constants = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+        given = {**self.positional, **kwargs}
+        self.argument_names = tuple(name for name, value in given.items() if isinstance(value, Tensor))
+
+    def train(self, mode: bool = True) -> ArchivedNetwork:
+        """The graph is what it was when it was exported; torch refuses to switch it, even to what it is."""
+        return self
 
     def forward(self, **arguments: Tensor) -> Any:
-        positional = [arguments.pop(name) for name in self.positional]
-        return self.inner(*positional, **arguments)
+        positional = [arguments.pop(name, value) for name, value in self.positional.items()]
+        return self.inner(*positional, **self.constants, **arguments)
 
 
 def load_pickle(path: Path, trusted: bool) -> nn.Module:
@@ -277,7 +297,7 @@ def load_pickle(path: Path, trusted: bool) -> nn.Module:
     if isinstance(content, Mapping):
         raise IngestError(
             f"{path}: holds weights only (a state_dict of {len(content)} entries), not the code that uses them; "
-            "give --model package.module:factory, a callable that returns the loaded module"
+            "give package.module:factory, a callable that returns the loaded module"
         )
     raise IngestError(f"{path}: holds a {type(content).__name__}; a torch.nn.Module is needed")
 
@@ -298,7 +318,10 @@ def load_factory(spec: str) -> nn.Module:
         raise IngestError(
             f"{spec}: {module_name} has no callable {attribute!r}; {did_you_mean(attribute, dir(module))}"
         )
-    network = factory()
+    try:
+        network = factory()
+    except Exception as error:
+        raise IngestError(f"{spec}: raised {type(error).__name__}: {_last_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise IngestError(f"{spec}: returned a {type(network).__name__}; a torch.nn.Module is needed")
     return network.float()

@@ -148,14 +148,15 @@ def infer_spec(network: nn.Module, shape: Sequence[int] | None, predicts: str | 
             conditions[name] = ConditionSpec(shape=sizes)
     if config.get("guidance_embeds"):
         conditions["guidance"] = ConditionSpec(constant=FLUX_GUIDANCE)
-    return NetworkSpec(
-        sample=sample,
-        sample_shape=tuple(shape) if shape else _sample_shape(class_name, config, family),
-        timestep_scale=family.get("timestep_scale", 1.0),
-        conditions=conditions,
-        predicts=predicts or family.get("predicts") or "epsilon",  # type: ignore[arg-type]
-        value_range=(-1.0, 1.0) if config.get("in_channels") in (1, 3) else None,
-    )
+    found = {
+        "sample": sample,
+        "sample_shape": tuple(shape) if shape else _sample_shape(class_name, config, family),
+        "timestep_scale": family.get("timestep_scale", 1.0),
+        "conditions": conditions,
+        "predicts": predicts or family.get("predicts") or "epsilon",
+        "value_range": (-1.0, 1.0) if config.get("in_channels") in (1, 3) else None,
+    }
+    return parse_spec(found, f"of {class_name}")
 
 
 def _label_conditions(

@@ -150,9 +150,7 @@ def _stream(output: fx.Node, inputs: dict[fx.Node, None], inside: set[fx.Node], 
     return Stream(joined.name, output.name) if joined is not None else None
 
 
-def _joined_entry(
-    output: fx.Node, inputs: dict[fx.Node, None], inside: set[fx.Node], path: str
-) -> fx.Node | None:
+def _joined_entry(output: fx.Node, inputs: dict[fx.Node, None], inside: set[fx.Node], path: str) -> fx.Node | None:
     """The input in the output's place where streams are joined, updated as one, and cut apart (FLUX's single blocks)."""
     cut = _cut_from(output)
     if cut is None:

@@ -153,15 +153,11 @@ def fake_result(target: Any, args: Iterable[Any]) -> Any:
         return target(*values)
 
 
-def take_place(old: fx.Node, new: fx.Node) -> None:
-    """Give `new` the name, module path and users of `old`: plans and regions that name `old` still mean this value."""
-    name = old.name
-    for key in ("nn_module_stack",):
-        if key in old.meta:
-            new.meta[key] = old.meta[key]
-    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-    old._rename(f"{name}__replaced")
-    new._rename(name)
+def change_call(node: fx.Node, target: Any, *args: Any) -> None:
+    """Make the node another call of the same shape and dtype. It keeps its name, so plans that name it go on meaning this value."""
+    node.target = target
+    node.args = args
+    node.kwargs = {}
 
 
 def replace_calls(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +47,9 @@ def build_variant(program: Program, mask: Mask) -> Variant:
     inputs = {name: _source(program, name) for name in rewrite.placeholders(module)}
     slots = ["sample", "history"][: len(rewrite.output_values(module))]
     results = list(rewrite.output_values(module))
+    reused: dict[str, fx.Node] = {}  # a later site whose base is one of these values means what stands for it
     for site, computed in zip(program.plan.sites, mask, strict=True):
-        emitted = _refresh(module, site, inputs) if computed else _reuse(module, site, inputs)
+        emitted = (_refresh if computed else _reuse)(module, site, inputs, reused)
         slots += [state_slot(site, order) for order in range(len(emitted))]
         results += emitted
     rewrite.output_node(module).args = (tuple(results),)
@@ -64,11 +66,13 @@ def _source(program: Program, name: str) -> tuple[str, str]:
     return ("table", name) if name in program.tables else ("slot", name)
 
 
-def _refresh(module: fx.GraphModule, site: Site, inputs: dict[str, tuple[str, str]]) -> list[fx.Node]:
+def _refresh(
+    module: fx.GraphModule, site: Site, inputs: dict[str, tuple[str, str]], reused: Mapping[str, fx.Node]
+) -> list[fx.Node]:
     end = rewrite.output_node(module)
     value = rewrite.node_named(module, site.value)
     if site.base is not None:
-        value = rewrite.call(module, end, aten.sub.Tensor, value, rewrite.node_named(module, site.base))
+        value = rewrite.call(module, end, aten.sub.Tensor, value, _base(module, site.base, reused))
     states = [value]
     if site.states > 1:
         factors = _table_input(module, site, "refresh", inputs)
@@ -80,7 +84,9 @@ def _refresh(module: fx.GraphModule, site: Site, inputs: dict[str, tuple[str, st
     return states
 
 
-def _reuse(module: fx.GraphModule, site: Site, inputs: dict[str, tuple[str, str]]) -> list[fx.Node]:
+def _reuse(
+    module: fx.GraphModule, site: Site, inputs: dict[str, tuple[str, str]], reused: dict[str, fx.Node]
+) -> list[fx.Node]:
     value = rewrite.node_named(module, site.value)
     coefficients = _table_input(module, site, "reuse", inputs) if site.states > 1 else None
     total = None
@@ -92,9 +98,14 @@ def _reuse(module: fx.GraphModule, site: Site, inputs: dict[str, tuple[str, str]
         total = term if total is None else rewrite.call(module, value, aten.add.Tensor, total, term)
     assert total is not None
     if site.base is not None:
-        total = rewrite.call(module, value, aten.add.Tensor, rewrite.node_named(module, site.base), total)
+        total = rewrite.call(module, value, aten.add.Tensor, _base(module, site.base, reused), total)
     value.replace_all_uses_with(total)
+    reused[site.value] = total
     return []
+
+
+def _base(module: fx.GraphModule, name: str, reused: Mapping[str, fx.Node]) -> fx.Node:
+    return reused[name] if name in reused else rewrite.node_named(module, name)
 
 
 def _state_input(module: fx.GraphModule, site: Site, order: int, inputs: dict[str, tuple[str, str]]) -> fx.Node:

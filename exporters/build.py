@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import __version__
 from ..compiler import quality
 from ..compiler.errors import GateError, RecipeError
 from ..compiler.flops import sample_flops
@@ -24,6 +23,7 @@ from ..compiler.recipe import Recipe, build_passes, options_of
 from ..compiler.store import Store, digest, fingerprint
 from ..passes import PASSES, SHORT_NAMES
 from ..runtime.errors import did_you_mean
+from ..runtime.version import __version__
 from . import onnx as onnx_target
 from .bench import bench, machine, measure_fresh
 from .bundle import check_output, is_whole, tool_versions, write_bundle, written_aside

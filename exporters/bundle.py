@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 from safetensors.torch import save
 
-from .. import __version__
 from ..compiler.program import Program
 from ..runtime.errors import BundleError
 from ..runtime.manifest import FILE, EngineSpec, FileSpec, Manifest, Slot, Table, read, verify, write
+from ..runtime.version import __version__
 from .lower import Lowered
 
 TABLES_FILE = "tables.safetensors"

@@ -194,19 +194,15 @@ def _quantize_layer(
     bias = node.args[2] if len(node.args) > 2 else None
     arguments: list[Any] = [node.args[0], weight, _constant(graph, node, f"{path}_scale", scale), bias]
     if node.target is _LINEAR and activations == "dynamic":
-        new = rewrite.call(graph, node, torch.ops.dcompile.linear_int8_dynamic.default, *arguments, like=node)
-    else:
-        arguments += _range_constants(graph, node, _input(node).name, span)
-        if node.target is _LINEAR:
-            new = rewrite.call(graph, node, torch.ops.dcompile.linear_int8.default, *arguments, like=node)
-        else:
-            assert out is not None
-            arguments += _range_constants(graph, node, node.name, out)
-            new = rewrite.call(
-                graph, node, torch.ops.dcompile.conv2d_int8.default, *arguments, *_geometry(node), like=node
-            )
-    rewrite.take_place(node, new)
-    graph.graph.erase_node(node)
+        rewrite.change_call(node, torch.ops.dcompile.linear_int8_dynamic.default, *arguments)
+        return
+    arguments += _range_constants(graph, node, _input(node).name, span)
+    if node.target is _LINEAR:
+        rewrite.change_call(node, torch.ops.dcompile.linear_int8.default, *arguments)
+        return
+    assert out is not None
+    arguments += [*_range_constants(graph, node, node.name, out), *_geometry(node)]
+    rewrite.change_call(node, torch.ops.dcompile.conv2d_int8.default, *arguments)
 
 
 def _constant(graph: fx.GraphModule, before: fx.Node, path: str, value: Tensor) -> fx.Node:

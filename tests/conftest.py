@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -113,10 +115,10 @@ def dit(dit_folder: Path) -> Program:
 
 @pytest.fixture(scope="session")
 def unet(unet_folder: Path) -> Program:
-    """Six steps of flow matching, no guidance."""
+    """Six steps of flow matching under guidance by the label that means none."""
     from dcompile.compiler.ingest import Source, ingest
 
-    return ingest(Source(str(unet_folder), steps=6))
+    return ingest(Source(str(unet_folder), steps=6, guidance=1.5))
 
 
 @pytest.fixture(scope="session")
@@ -145,3 +147,48 @@ def calibration_of() -> Callable[[Program], Calibration]:
         return made.setdefault(id(program), made.get(id(program)) or calibrate(program, 2))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of everything: DiT, pruned, cached, quantised and folded, with its report. Beside it: model, cache."""
+    import models
+
+    from dcompile.compiler.recipe import Recipe
+    from dcompile.exporters.build import Settings, compile_model
+
+    folder = tmp_path_factory.mktemp("built")
+    labels = json.dumps([f"class {number}" for number in range(10)])
+    models.save(models.dit(), folder / "model", models.SCHEDULERS["flow"], labels__json=labels)
+    recipe = Recipe(
+        passes=("prune:count=1,cache:interval=2,warmup=1,quant:max_error=1,fold",),
+        steps=4,
+        guidance=2.0,
+        calibration_samples=2,
+        eval_samples=4,
+    )
+    settings = Settings(cache=folder / "cache", threads=1)
+    return compile_model(str(folder / "model"), folder / "bundle", recipe, settings).bundle
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`command("run", path, ...)` is `dcompile run PATH ...` in this process; what is no error of the user's is raised."""
+    from dcompile import cli
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [str(each) for each in arguments]
+        monkeypatch.setattr(sys, "argv", ["dcompile", *words])
+        monkeypatch.setattr(cli.out, "width", 200)
+        capsys.readouterr()
+        try:
+            cli.main()
+            code: object = 0
+        except SystemExit as exit:
+            code = exit.code
+        written = capsys.readouterr()
+        return subprocess.CompletedProcess(words, int(str(code or 0)), written.out, written.err)
+
+    return run

@@ -22,15 +22,15 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 
 
 def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Matrices of unit gain, vectors 0.1 away from where they were: no gate is shut, no value grows from block to block."""
+    """Matrices of unit gain, vectors 0.1 away from the usual: no gate is shut, and no value grows from block to block."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for value in network.parameters():
+        for name, value in network.named_parameters():
             random = torch.randn(value.shape, generator=generator)
             if value.dim() > 1:
                 value.copy_(random / value[0].numel() ** 0.5)
-            else:
-                value.add_(0.1 * random)
+            else:  # of a norm, or a bias
+                value.copy_(0.1 * random + name.endswith("weight"))
     return network.eval()
 
 
