@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 
-from .runtime.version import __version__
 from .runtime.errors import DcompileError, RequestError
+from .runtime.version import __version__
 
 app = typer.Typer(
     add_completion=False,
@@ -134,7 +134,12 @@ def build(
 
             tree = plan_tree(plan.model, output, plan, settings)
         else:
-            built = builder.compile_model(plan.model, output, plan, settings)
+            try:
+                built = builder.compile_model(plan.model, output, plan, settings)
+            except KeyboardInterrupt:
+                kept = ", and the same command goes on after the last finished pass" if cache else ""
+                err.print(f"interrupted: nothing was written{kept}", highlight=False, soft_wrap=True)
+                raise typer.Exit(130) from None
     if dry_run:
         out.print(tree)
         return
@@ -287,6 +292,15 @@ class _Time(ProgressColumn):
         return f"{spent:.0f} s" + (f", about {left:.0f} s left" if left and not task.finished else "")
 
 
+_COLUMNS = (
+    SpinnerColumn(finished_text="✓"),
+    TextColumn("{task.description}", markup=False),
+    BarColumn(bar_width=24),
+    _Time(),
+    TextColumn("{task.fields[doing]}", style="dim", markup=False),
+)
+
+
 class _Bars:
     """One line a stage: a bar with time left while it runs, a tick when it is done."""
 
@@ -330,12 +344,10 @@ def _listener(quiet: bool) -> Iterator[Any]:
     if quiet:
         yield _Silent()
         return
-    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}", markup=False),
-               BarColumn(bar_width=24), _Time(), TextColumn("[dim]{task.fields[doing]}"))  # fmt: skip
     if not err.is_terminal:
         yield _Lines()
         return
-    with Progress(*columns, console=err) as bars:
+    with Progress(*_COLUMNS, console=err) as bars:
         listener = _Bars(bars)
         yield listener
         listener.done()
@@ -352,9 +364,6 @@ def main() -> None:
         where = f" ({error.filename})" if error.filename else ""
         err.print(f"[bold red]error:[/bold red] {error.strerror or error}{where}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("interrupted; results of finished passes are kept, the same command goes on from there")
-        sys.exit(130)
 
 
 def _with_command(arguments: list[str]) -> list[str]:

@@ -1,9 +1,9 @@
-"""Glyph DiT and U-Net, 30 steps, batch 16: speed, size, accuracy and Fréchet distance of the compiled model against the uncompressed.
+"""Glyph DiT and U-Net, 30 steps, batch 16: speed, size, accuracy and Fréchet distance, compiled against uncompressed.
 
     python benchmarks/glyphs.py [--samples 1440] [--threads 2]
 
-Writes benchmarks/results/glyphs.json, which the README's table is made from. Both bundles run on ONNX Runtime; requests are
-interleaved in one process, figures are medians.
+Writes benchmarks/results/glyphs.json, which the README's table is made from. Both bundles run on ONNX Runtime; requests
+are interleaved in one process, figures are medians.
 """
 
 from __future__ import annotations

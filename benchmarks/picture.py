@@ -1,6 +1,6 @@
 """Draw examples/glyphs/before_after.png: the same seeds, uncompressed above and compiled below.
 
-    python benchmarks/picture.py UNCOMPRESSED COMPILED
+python benchmarks/picture.py UNCOMPRESSED COMPILED
 """
 
 from __future__ import annotations

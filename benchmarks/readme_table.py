@@ -1,7 +1,7 @@
 """Put the measured figures of benchmarks/results into the README, between its two markers.
 
-    python benchmarks/readme_table.py           # rewrite README.md
-    python benchmarks/readme_table.py --check   # fail if README.md does not show the results
+python benchmarks/readme_table.py           # rewrite README.md
+python benchmarks/readme_table.py --check   # fail if README.md does not show the results
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def _glyphs(results: dict[str, Any]) -> list[str]:
     first = next(iter(results.values()))
     machine = first["machine"]
     lines = [
-        f"30 steps with guidance, batch {first['batch']}, ONNX Runtime, {machine['threads']} threads of {machine['cpu']}; "
-        f"quality on {first['samples']} samples (`python benchmarks/glyphs.py`):",
+        f"30 steps with guidance, batch {first['batch']}, ONNX Runtime, "
+        f"{machine['threads']} threads of {machine['cpu']}; quality on {first['samples']} samples "
+        "(`python benchmarks/glyphs.py`):",
         "",
         "| model and passes | | uncompressed | compiled | |",
         "|---|---|---:|---:|---:|",
@@ -54,18 +55,19 @@ def _glyphs(results: dict[str, Any]) -> list[str]:
 
 def _dit_b2(found: dict[str, Any]) -> list[str]:
     median, gib = found["median_s"], 2**30
+    eager, plain = found["speedup_over_pytorch_eager_fp32"], found["speedup_over_onnxruntime_fp32"]
     return [
         f"A DiT-B/2-sized model (random weights, 4x32x32, guidance, {found['steps']} steps, batch {found['batch']}, "
         f"`{found['passes']}`; `python benchmarks/dit_b2.py`):",
         "",
         "| | a sample | compiled is faster by |",
         "|---|---:|---:|",
-        f"| PyTorch eager fp32 | {_seconds(median['pytorch_eager_fp32'])} | {found['speedup_over_pytorch_eager_fp32']:.1f}× |",
-        f"| ONNX Runtime fp32, uncompressed | {_seconds(median['onnxruntime_fp32'])} | {found['speedup_over_onnxruntime_fp32']:.1f}× |",
+        f"| PyTorch eager fp32 | {_seconds(median['pytorch_eager_fp32'])} | {eager:.1f}× |",
+        f"| ONNX Runtime fp32, uncompressed | {_seconds(median['onnxruntime_fp32'])} | {plain:.1f}× |",
         f"| dcompile | {_seconds(median['dcompile'])} | |",
         "",
-        f"Time outside the engines: {100 * found['overhead_frac']:.2f} %. Compiled in {found['compile_s']:.0f} s with a peak of "
-        f"{found['compile_peak_bytes'] / gib:.2f} GiB, for {found['weight_bytes'] / gib:.2f} GiB of weights.",
+        f"Time outside the engines: {100 * found['overhead_frac']:.2f} %. Compiled in {found['compile_s']:.0f} s with "
+        f"a peak of {found['compile_peak_bytes'] / gib:.2f} GiB, for {found['weight_bytes'] / gib:.2f} GiB of weights.",
     ]
 
 

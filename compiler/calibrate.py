@@ -14,8 +14,10 @@ from torch import Tensor
 from ..runtime.manifest import Contract
 from ..runtime.random import normal
 from . import quality
-from .execute import Tap, run
+from .execute import Tap, run, zero_state
 from .program import Program
+from .rewrite import placeholders
+from .variants import build_variant
 
 # (fraction done 0..1, what is being done)
 Progress = Callable[[float, str], None]
@@ -88,13 +90,17 @@ def calibrate(program: Program, count: int, progress: Progress = no_progress) ->
 
 
 def snapshots(program: Program, calibration: Calibration, count: int) -> list[tuple[int, list[Tensor]]]:
-    """(step, inputs of the step graph) at `count` steps spread over the program's own trajectory."""
+    """(step, inputs of the step graph) at `count` steps spread over the trajectory of a program without cache sites."""
     steps = sorted({round(i) for i in np.linspace(0, program.steps - 1, count)})
     kept: list[tuple[int, list[Tensor]]] = []
+    read = build_variant(program, ()).inputs
+    nodes = placeholders(program.graph)
 
     def keep(step: int, mask: object, inputs: list[Tensor]) -> None:
         if step in steps:
-            kept.append((step, inputs))
+            given = dict(zip(read, inputs, strict=True))
+            batch = len(calibration.seeds)
+            kept.append((step, [given[n] if n in given else zero_state(node, batch) for n, node in nodes.items()]))
 
     run(program, calibration.conditions, calibration.seeds, on_inputs=keep)
     return kept

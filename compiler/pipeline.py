@@ -90,6 +90,7 @@ def apply_checked(step: Pass, program: Program, decision: Decision) -> PassResul
     before = _state(program)
     try:
         result = step.apply(program, decision)
+        result.program.graph.graph.lint()
     except DcompileError:
         raise
     except Exception as error:
@@ -101,13 +102,13 @@ def apply_checked(step: Pass, program: Program, decision: Decision) -> PassResul
         raise PassError(
             f"the pass reports {result.record.changed} changes, but its program is {'the same' if same else 'another'}"
         )
-    result.program.graph.graph.lint()
     return result
 
 
 def _state(program: Program) -> tuple[Any, ...]:
-    versions = tuple((name, id(value), value._version) for name, value in weights(program.graph).items())
-    return str(program.graph.graph), versions, repr(program.plan), tuple(program.tables)
+    tensors = [*weights(program.graph).items(), *program.tables.items()]
+    versions = tuple((name, id(value), value._version) for name, value in tensors)
+    return str(program.graph.graph), versions, repr(program.plan)
 
 
 def _teacher(program: Program, samples: int, store: Store, key: str, progress: Progress) -> Calibration:

@@ -2,7 +2,8 @@
 
 A *region* is what one item of a ModuleList computes. It is a *block* when it carries a residual stream (an output that
 is an input plus something) and a *stage* otherwise (a U-Net's down or up stage, whose shapes change); stages nest
-blocks. Regions are found from the module paths that torch.export leaves on the nodes, and from repeated structure where there are none.
+blocks. Regions are found from the module paths that torch.export leaves on the nodes, and from repeated structure where
+there are none.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -151,7 +153,7 @@ def _stream(output: fx.Node, inputs: dict[fx.Node, None], inside: set[fx.Node], 
 
 
 def _joined_entry(output: fx.Node, inputs: dict[fx.Node, None], inside: set[fx.Node], path: str) -> fx.Node | None:
-    """The input in the output's place where streams are joined, updated as one, and cut apart (FLUX's single blocks)."""
+    """The input in an output's place where streams are joined, updated as one, and cut apart: FLUX's single blocks."""
     cut = _cut_from(output)
     if cut is None:
         return None
@@ -178,10 +180,11 @@ def _cut_from(node: fx.Node) -> tuple[fx.Node, int, int] | None:
         source, dim, start = node.args[:3]
         if isinstance(source, fx.Node) and isinstance(dim, int) and isinstance(start, int):
             return source, dim, start % hint(shape_of(source)[dim])
-    if is_call(node, operator.getitem) and isinstance(split := node.args[0], fx.Node):
-        if is_call(split, aten.split_with_sizes.default) and isinstance(split.args[0], fx.Node):
-            sizes, *axis = split.args[1:]
-            return split.args[0], axis[0] if axis else 0, sum(sizes[: node.args[1]])
+    split: Any = node.args[0] if is_call(node, operator.getitem) else None
+    if isinstance(split, fx.Node) and is_call(split, aten.split_with_sizes.default):
+        given: tuple[Any, ...] = split.args
+        source, sizes, *axis = given
+        return source, axis[0] if axis else 0, sum(sizes[: node.args[1]])
     return None
 
 

@@ -17,8 +17,8 @@ CLASS = "Repeat"
 def lend_paths(calls: Sequence[fx.Node]) -> dict[fx.Node, str]:
     """node -> path, for the calls that lie in the longest run of equal stretches; empty where nothing repeats.
 
-    Stretches are equal when operators and shapes are. A run may be cut anywhere in its period; it is cut where the fewest
-    tensors cross, which is between two blocks, where only the residual streams do.
+    Stretches are equal when operators and shapes are. A run may be cut anywhere in its period; it is cut where the
+    fewest tensors cross, which is between two blocks, where only the residual streams do.
     """
     found = _longest_run([_token(node) for node in calls])
     if found is None:
@@ -40,7 +40,7 @@ def _token(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _longest_run(tokens: Sequence[Any]) -> tuple[int, int, int] | None:
-    """(start, period, length) of the longest stretch that repeats with a period, the smallest period for equal lengths."""
+    """(start, period, length) of the longest stretch that repeats with a period; of equal ones the smallest period."""
     best: tuple[int, int, int] | None = None
     for period in range(_LEAST_CALLS, len(tokens) // 2 + 1):
         run = 0

@@ -154,7 +154,7 @@ def fake_result(target: Any, args: Iterable[Any]) -> Any:
 
 
 def change_call(node: fx.Node, target: Any, *args: Any) -> None:
-    """Make the node another call of the same shape and dtype. It keeps its name, so plans that name it go on meaning this value."""
+    """Make the node another call of the same shape and dtype. It keeps its name: plans that name it mean this value."""
     node.target = target
     node.args = args
     node.kwargs = {}

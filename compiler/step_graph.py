@@ -253,6 +253,8 @@ def _is_no_op(node: fx.Node) -> bool:
         aten.alias.default,
         aten.detach.default,
         aten.detach_.default,
+        aten.squeeze.dim,  # of a dimension that is not 1: nothing in PyTorch, an error in ONNX
+        aten.squeeze.dims,
     ):
         return True
     if is_call(node, aten.dropout.default):

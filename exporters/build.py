@@ -173,7 +173,7 @@ def source_of(model: str, recipe: Recipe, settings: Settings) -> Source:
 def effective_recipe(model: str, recipe: Recipe, passes: Sequence[Pass], program: Program) -> dict[str, Any]:
     """The recipe with every default filled in: `dcompile --recipe` of it builds the same again."""
     given = recipe.model_dump(mode="json", exclude_none=True)
-    return {
+    whole = {
         **given,
         "model": model,
         "passes": [{step.name: options_of(step)} for step in passes],
@@ -181,6 +181,7 @@ def effective_recipe(model: str, recipe: Recipe, passes: Sequence[Pass], program
         "steps": recipe.steps or program.contract.steps,
         "guidance": program.contract.guidance,
     }
+    return {name: whole[name] for name in Recipe.model_fields if name in whole}  # in one order, however it was given
 
 
 def export(

@@ -143,7 +143,7 @@ def bench_table(found: Mapping[str, Any]) -> Table:
             name,
             f"{human(row['latency_s'], 's')}  [dim]{least}..{most}[/dim]",
             human(row["step_s"], "s"),
-            f"{row['samples_per_s']:.3g}",
+            human(row["samples_per_s"]),
             f"{row['speedup']:.2f}",
             human(row["load_s"], "s"),
             human(row["peak_rss_bytes"], "bytes"),

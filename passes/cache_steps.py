@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -31,7 +32,8 @@ class CacheSteps:
     TeaCache); "branch" each attention or feed-forward before its gate (FORA, 2407.01425); "cut" the U-Net feature that
     enters the last up stage (DeepCache, 2312.00858); "auto" is "cut" for a network with stages, else "range".
 
-    Left alone: lists of blocks that are no longer than front + back.
+    Left alone: (1) lists of blocks that are no longer than front + back, (2) streams that do not run through the whole
+    range, (3) everything, where the options compute every step.
     """
 
     name: ClassVar[str] = "cache_steps"
@@ -60,14 +62,16 @@ class CacheSteps:
     def apply(self, program: Program, decision: Decision, /) -> PassResult:
         if program.plan.sites:
             raise PassError("cache_steps: the program already has cache sites; one cache pass a recipe")
-        if self.interval == 1:
-            return PassResult(program, Record(self.name))
         refused: list[tuple[str, str]] = []
         computed = every(self.interval, program.steps, self.warmup, self.last)
+        if all(computed):
+            given = f"interval {self.interval}, warmup {self.warmup} and last {self.last}"
+            why = f"{given} compute all {program.steps} steps"
+            return PassResult(program, Record(self.name, refused=(("every site", why),)))
         reuse, refresh = taylor(computed, _ORDERS[self.predictor])
         sites = tuple(
             Site(name, value, base, computed, reuse, refresh)
-            for name, value, base in self._sites(program.graph, refused)
+            for name, value, base in _told_apart(self._sites(program.graph, refused))
         )
         if not sites:
             raise PassError(
@@ -116,6 +120,14 @@ class CacheSteps:
                     continue
                 name = label if len(last.streams) == 1 else f"{label}_stream{number}"
                 yield name, stream.exit, entry if keeps_delta else None
+
+
+def _told_apart(sites: Iterable[tuple[str, str, str | None]]) -> Iterator[tuple[str, str, str | None]]:
+    """The sites, with a number at the end of a name that came before: a block may use one of its modules twice."""
+    times: Counter[str] = Counter()
+    for name, value, base in sites:
+        times[name] += 1
+        yield name if times[name] == 1 else f"{name}_{times[name]}", value, base
 
 
 def block_lists(regions: tuple[Region, ...]) -> dict[str, list[Region]]:

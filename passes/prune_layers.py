@@ -50,16 +50,17 @@ class PruneLayers:
         if program.plan.sites:
             raise PassError("prune_layers: the program already has cache sites; put prune before cache")
         blocks = all_blocks(program.graph)
-        if self.blocks:
-            return Decision({"removed": [_named(blocks, name).path for name in self.blocks]})
+        named = list(dict.fromkeys(_named(blocks, name).path for name in self.blocks))
         wanted = self.count if self.count is not None else int(self.ratio * len(blocks) + 0.5)
+        if named:
+            wanted = len(named)
         if wanted > max(0, len(blocks) - 1):
             raise PassError(
                 f"prune_layers: {wanted} of {len(blocks)} blocks are to go; "
                 "at least one must stay: lower ratio or count"
             )
-        if wanted == 0:
-            return Decision({"removed": []})
+        if named or wanted == 0:
+            return Decision({"removed": named})
         choose = _greedy if self.method == "greedy" else _by_influence
         removed, scores = choose(program, calibration, blocks, wanted)
         return Decision({"removed": removed, "scores": scores})
@@ -90,9 +91,13 @@ def remove_blocks(program: Program, paths: list[str]) -> Program:
 
 
 def _named(blocks: tuple[Region, ...], name: str) -> Region:
-    for region in blocks:
-        if region.path == name or region.path.endswith("." + name):
-            return region
+    found = [region for region in blocks if f".{region.path}".endswith(f".{name}")]
+    exact = [region for region in found if region.path in (name, f"net.{name}")] or found
+    if len(exact) == 1:
+        return exact[0]
+    if exact:
+        paths = ", ".join(region.path for region in exact)
+        raise PassError(f"prune_layers: {len(exact)} blocks end in {name!r}: {paths}; give the whole path of one")
     raise PassError(
         f"prune_layers: no block is called {name!r}; {did_you_mean(name, [region.path for region in blocks])}"
     )

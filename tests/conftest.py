@@ -122,6 +122,18 @@ def unet(unet_folder: Path) -> Program:
 
 
 @pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """The smallest: no diffusers class, no condition, three blocks; six steps of flow matching."""
+    import models
+
+    from dcompile.compiler.ingest import Source, ingest
+
+    contract = tmp_path_factory.mktemp("tokens") / "contract.yaml"
+    contract.write_text(models.TOKENS_CONTRACT)
+    return ingest(Source("models:tokens", contract=contract, sampler="flow_euler", steps=6))
+
+
+@pytest.fixture(scope="session")
 def program_of() -> Callable[[str], Program]:
     """Any of models.ARCHITECTURES as a program of four steps; each is ingested once."""
     import models
@@ -141,10 +153,12 @@ def calibration_of() -> Callable[[Program], Calibration]:
     """Two samples of the program's own trajectory, run once; valid for what passes make of it too."""
     from dcompile.compiler.calibrate import calibrate
 
-    made: dict[int, Calibration] = {}
+    made: dict[int, tuple[Program, Calibration]] = {}  # the program too: an id may be given again
 
     def make(program: Program) -> Calibration:
-        return made.setdefault(id(program), made.get(id(program)) or calibrate(program, 2))
+        if id(program) not in made:
+            made[id(program)] = program, calibrate(program, 2)
+        return made[id(program)][1]
 
     return make
 
@@ -175,7 +189,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`command("run", path, ...)` is `dcompile run PATH ...` in this process; what is no error of the user's is raised."""
+    """`command("run", path)` is `dcompile run PATH` in this process; what is no error of the user's is raised."""
     from dcompile import cli
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "flow": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
@@ -226,3 +226,25 @@ def save(network: nn.Module, folder: Path, scheduler: Mapping[str, Any] | None =
     for name, text in files.items():
         (folder / name.replace("__", ".")).write_text(text)
     return folder
+
+
+def graph_text(module: fx.GraphModule) -> str:
+    """One line an input or a call, weights by their path: the form of the golden texts."""
+    lines = []
+    for node in module.graph.nodes:
+        arguments = ", ".join(_shown(value) for value in node.args)
+        if node.op == "placeholder":
+            lines.append(f"{node.name} = input")
+        elif node.op == "call_function":
+            lines.append(f"{node.name} = {getattr(node.target, '__name__', node.target)}({arguments})")
+        elif node.op == "output":
+            lines.append(f"return {arguments}")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return str(value.target) if value.op == "get_attr" else value.name
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_shown(each) for each in value)}]"
+    return str(value)

@@ -2,8 +2,8 @@
 
     python reference.py
 
-Mean [64] and covariance [64, 64], float64, of the judge's features over 10,000 rendered glyphs. `dcompile --judge` takes
-the folder that holds this file and judge.onnx.
+Mean [64] and covariance [64, 64], float64, of the judge's features over 10,000 rendered glyphs. `dcompile --judge`
+takes the folder that holds this file and judge.onnx.
 """
 
 from __future__ import annotations

@@ -222,7 +222,10 @@ def test_module_of_no_known_class_needs_a_contract() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (models.TOKENS_CONTRACT.replace("x", "latent", 1), "sample is 'latent', but Tokens.forward takes x, sigma, extra"),
+        (
+            models.TOKENS_CONTRACT.replace("x", "latent", 1),
+            "sample is 'latent', but Tokens.forward takes x, sigma, extra",
+        ),
         (models.TOKENS_CONTRACT.replace("sigma", "t"), "timestep is 't', but Tokens.forward takes x, sigma, extra"),
         (models.TOKENS_CONTRACT + "conditions: {label: {}}\n", "condition is 'label', but Tokens.forward takes"),
         (models.TOKENS_CONTRACT + "cfg: 3\n", "cfg: Extra inputs are not permitted; known keys: sample, sample_shape"),
@@ -520,4 +523,6 @@ def test_writes_in_place_are_kept(tmp_path: Path) -> None:
     start = initial_slots_of((6, 4))
     expected = by_hand(lambda x, t: network(x, t.expand(2)), models.SCHEDULERS["flow"], 3, start)
     torch.testing.assert_close(run(program, {}, [0, 1]), expected, rtol=1e-5, atol=1e-5)
-    assert not [node for node in program.graph.graph.nodes if str(node.target).partition(".")[2].partition(".")[0].endswith("_")]
+    assert not [
+        node for node in program.graph.graph.nodes if str(node.target).partition(".")[2].partition(".")[0].endswith("_")
+    ]

@@ -109,6 +109,12 @@ def test_plan_must_fit_the_sampler() -> None:
 
 def test_masks_are_the_distinct_rows_in_order_of_use() -> None:
     plan = Plan(5, (site((True, True, False, True, False), "a"), site((True, False, False, True, True), "b")))
-    assert [plan.mask(step) for step in range(5)] == [(True, True), (True, False), (False, False), (True, True), (False, True)]
+    assert [plan.mask(step) for step in range(5)] == [
+        (True, True),
+        (True, False),
+        (False, False),
+        (True, True),
+        (False, True),
+    ]
     assert plan.masks == ((True, True), (True, False), (False, False), (False, True))
     assert Plan(5).masks == ((),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import models
@@ -9,9 +10,10 @@ import pytest
 
 from dcompile.compiler.ingest import Source, ingest
 from dcompile.compiler.program import Decision, Program
+from dcompile.exporters.bundle import write_bundle
 from dcompile.exporters.lower import Lowered, lower
 from dcompile.exporters.onnx import export_engines
-from dcompile.passes import CacheSteps
+from dcompile.passes.cache_steps import CacheSteps
 
 FILES = {"full": "engines/full.onnx", "reuse": "engines/reuse.onnx"}
 
@@ -45,4 +47,12 @@ def exported(lowered: Lowered, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A folder with the engines of `lowered`; tests that write to it take a copy."""
     folder = tmp_path_factory.mktemp("exported")
     assert export_engines(lowered, folder) == FILES
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens_bundle(cached: Program, lowered: Lowered, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole bundle of `exported`, but for a report."""
+    folder = shutil.copytree(exported, tmp_path_factory.mktemp("bundle") / "tokens")
+    write_bundle(cached, lowered, FILES, "onnx", {"passes": ["cache"], "name": "grün"}, folder)
     return folder

@@ -178,7 +178,7 @@ def test_a_gate_that_is_not_met_keeps_the_report_and_writes_no_bundle(tokens_con
 def test_the_baseline_is_kept_until_it_is_damaged(tokens: Program, tmp_path: Path) -> None:
     told = Told()
     settings = Settings(cache=tmp_path / "cache", listener=told)
-    kept = []
+    kept: list[Path] = []
     for damage in (False, False, True):
         if damage:
             (kept[0] / "engines/weights.bin").write_bytes(b"")

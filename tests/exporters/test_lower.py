@@ -12,7 +12,7 @@ from dcompile.compiler.ingest import Source, ingest
 from dcompile.compiler.program import Decision, Program
 from dcompile.compiler.rewrite import aten
 from dcompile.exporters.lower import dynamic_shapes, engine_names, lower, transpose_linear_weights
-from dcompile.passes import CacheSteps
+from dcompile.passes.cache_steps import CacheSteps
 from dcompile.runtime.manifest import Call, StateSpec
 
 
