@@ -147,11 +147,10 @@ def build(
 
     out.print(terminal_table(dict(built.report)))
     page = built.bundle / "report.html"
-    ending = "png" if len(built.report["recipe"]["shape"]) == 3 else "npy"
     _lines(
         bundle=built.bundle,
         report=page if page.exists() else can_draw(),
-        next=f"dcompile run {built.bundle} --seed 0 -o sample.{ending}",
+        next=built.report["commands"]["sample from it"],
     )
 
 
@@ -167,7 +166,7 @@ def run(
     ] = None,
     count: Annotated[
         int,
-        typer.Option("-n", "--count", min=1, help="Samples, where no labels are given; labels are then taken in turn."),
+        typer.Option("-n", "--count", min=1, help="Samples; those labels, or else all classes, are taken in turn."),
     ] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Sample i starts from seed + i.")] = 0,
     conditions: Annotated[
@@ -195,6 +194,7 @@ def inspect(
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Load a pickled module, running the code in it.")
     ] = False,
+    sampler: Annotated[str | None, typer.Option(help="For a model without a scheduler; as for build.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Of a bundle, also compare every file with its checksum.")
     ] = False,
@@ -208,7 +208,7 @@ def inspect(
         return
     with _listener(False) as listener:
         listener.stage(f"reading {what}")
-        tree = model_tree(what, _shape(shape), contract, trust_pickle)
+        tree = model_tree(what, _shape(shape), contract, sampler, trust_pickle)
     out.print(tree)
 
 

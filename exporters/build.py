@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from ..runtime.errors import did_you_mean
 from ..runtime.version import __version__
 from . import onnx as onnx_target
 from .bench import bench, machine, measure_fresh
-from .bundle import check_output, is_whole, tool_versions, write_bundle, written_aside
+from .bundle import RECIPE_FILE, check_output, is_whole, tool_versions, write_bundle, written_aside
 from .evaluate import eval_labels, sample
 from .lower import Lowered, lower
 from .parity import Parity, check_parity
@@ -130,8 +131,17 @@ def compile_model(
             kept.mkdir(parents=True)
             write_report(report, kept, before, after)
             raise GateError(_gate_message(outcomes, kept))
+        report["commands"] = {
+            "build it again": shlex.join(["dcompile", "--recipe", str(output / RECIPE_FILE), "-o", str(output)]),
+            "sample from it": shlex.join(["dcompile", "run", str(output), "--seed", "0", "-o", sample_file(original)]),
+        }
         write_report(report, folder, before, after)
     return Built(output, report)
+
+
+def sample_file(program: Program) -> str:
+    """A name for samples of the program: of a picture, or of plain numbers where they are none."""
+    return "sample.png" if len(program.contract.sample.shape) == 3 else "sample.npy"
 
 
 def check_recipe(
@@ -230,6 +240,8 @@ def describe(
     """The report as far as it is known without running anything."""
     plan = program.plan
     return {
+        "dcompile": __version__,
+        "tools": tool_versions(),
         "name": program.name,
         "model": recipe["model"],
         "target": recipe["target"],

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
@@ -28,15 +29,17 @@ from .bundle import check_output
 from .report import human
 
 
-def model_tree(model: str, shape: tuple[int, ...] | None, contract: Path | None, trust_pickle: bool) -> Tree:
+def model_tree(
+    model: str, shape: tuple[int, ...] | None, contract: Path | None, sampler: str | None, trust_pickle: bool
+) -> Tree:
     """Regions with parameters and operations a sample, nested as they are in the network."""
-    return program_tree(ingest(Source(model, shape, contract, trust_pickle=trust_pickle)))
+    return program_tree(ingest(Source(model, shape, contract, sampler, trust_pickle=trust_pickle)))
 
 
 def program_tree(program: Program) -> Tree:
     nodes = {node.name: node for node in program.graph.graph.nodes}
     total = sum(node_flops(node) for node in nodes.values())
-    tree = Tree(f"[bold]{program.name}[/bold]  {_size(program.parameters, total)} a step")
+    tree = Tree(f"[bold]{escape(program.name)}[/bold]  {_size(program.parameters, total)} a step")
     tree.add(contract_line(program.contract))
     tree.add(f"sampler {program.sampler.name}, ring {program.sampler.ring}")
     regions = tree.add("regions")
@@ -79,7 +82,7 @@ def plan_tree(model: str, output: Path, recipe: Recipe, settings: Settings) -> T
     passes, gates, judge = check_recipe(recipe, settings)
     check_output(output, settings.force, inputs_of(model, recipe))
     program = ingest(source_of(model, recipe, settings))
-    tree = Tree(f"[bold]{model}[/bold] -> {output}  (dry run: nothing is measured or written)")
+    tree = Tree(f"[bold]{escape(model)}[/bold] -> {escape(str(output))}  (dry run: nothing is measured or written)")
     tree.add(contract_line(program.contract))
     steps = tree.add("passes") if passes else tree.add("no passes: the model as it is")
     for step in passes:
@@ -114,7 +117,7 @@ def bundle_tree(path: Path, check: bool) -> Tree:
         verify(path, manifest)
     total = sum(file.bytes for file in manifest.files.values())
     tree = Tree(
-        f"[bold]{manifest.name}[/bold]  target {manifest.target}, {human(total, 'bytes')}, "
+        f"[bold]{escape(manifest.name)}[/bold]  target {manifest.target}, {human(total, 'bytes')}, "
         f"written by dcompile {manifest.dcompile}"
     )
     tree.add(contract_line(manifest.contract))
@@ -140,7 +143,7 @@ def bench_table(found: Mapping[str, Any]) -> Table:
     for name, row in found["bundles"].items():
         least, most = human(row["latency_min_s"], "s"), human(row["latency_max_s"], "s")
         table.add_row(
-            name,
+            escape(name),
             f"{human(row['latency_s'], 's')}  [dim]{least}..{most}[/dim]",
             human(row["step_s"], "s"),
             human(row["samples_per_s"]),

@@ -179,7 +179,11 @@ def fused_operators(path: Path) -> Mapping[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = f"{folder}/optimised.onnx"
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            why = str(error).strip().partition("\n")[0]
+            raise EngineError(f"{path.name}: ONNX Runtime cannot optimise it into {folder}: {why}") from error
         model = onnx.load(options.optimized_model_filepath, load_external_data=False)
     return collections.Counter(node.op_type for node in model.graph.node)
 

@@ -24,7 +24,7 @@ def generate_file(
 ) -> Timing:  # fmt: skip
     """Write samples as a picture (.png) or as numbers (.npy, float32 [B, *shape]), in parts where they are many.
 
-    labels: one a sample, by name or number. count: how many samples, if neither labels nor conditions say.
+    labels: by name or number, taken in turn. count: how many samples, if neither labels nor conditions ask for more.
     Raises RequestError for another ending, for samples that are no pictures, and for what the bundle cannot serve.
     """
     if output.suffix not in (".png", ".npy"):
@@ -36,7 +36,8 @@ def generate_file(
         contract = session.manifest.contract
         if output.suffix == ".png":
             _check_drawable(contract, output)
-        size = len(labels) if labels else max((len(each) for each in given.values() if each.ndim), default=count)
+        size = max((len(each) for each in given.values() if each.ndim), default=max(count, len(labels or ())))
+        labels = [labels[i % len(labels)] for i in range(max(size, len(labels)))] if labels else None
         given = read_conditions(contract, _as_labels(contract, labels), _completed(contract, given, labels, size))
         parts, timings = [], []
         for start in range(0, max(size, 1), contract.batch.max):

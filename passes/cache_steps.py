@@ -157,7 +157,7 @@ def _branches(regions: tuple[Region, ...]) -> Iterator[tuple[str, str, str | Non
             for number, stream in enumerate(region.streams):
                 for branch in stream.branches:
                     suffix = f"_stream{number}" if len(region.streams) > 1 else ""
-                    yield f"{_short(region.path)}_{branch.name}{suffix}", branch.value, None
+                    yield f"{_short(f'{region.path}.{branch.name}')}{suffix}", branch.value, None
 
 
 def _cut(graph: fx.GraphModule, regions: tuple[Region, ...]) -> Iterator[tuple[str, str, str | None]]:

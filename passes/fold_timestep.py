@@ -42,6 +42,8 @@ class FoldTimestep:
         if not frontier:
             return PassResult(program, Record(self.name))
         rows, refused = _rows(graph, frontier, program)
+        if not rows:
+            return PassResult(program, Record(self.name, refused=tuple(refused)))
         for node in frontier:
             if node.name in rows:
                 _replace(graph, node, rows[node.name])

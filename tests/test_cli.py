@@ -207,7 +207,7 @@ def test_run_writes_a_picture_and_numbers(command: Command, built: Path, tmp_pat
 def test_run_needs_no_torch(built: Path, tmp_path: Path) -> None:
     code = (
         f"import atexit, sys; sys.argv = ['dcompile', 'run', {str(built)!r}, '-o', {str(tmp_path / 'sample.png')!r}];"
-        "atexit.register(lambda: print({'torch', 'diffusers', 'onnx', 'pydantic'} & set(sys.modules)));"
+        "atexit.register(lambda: print({'torch', 'diffusers', 'onnx'} & set(sys.modules)));"
         "from dcompile.cli import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -218,8 +218,9 @@ def test_inspect_shows_a_bundle_or_a_model(command: Command, built: Path) -> Non
     bundle = command("inspect", built, "--verify")
     assert "engines (4 calls a sample)" in bundle.stdout
     assert "files (all match their checksums)" in bundle.stdout
-    model = command("inspect", built.parent / "model")
+    model = command("inspect", built.parent / "model", "--sampler", "flow_dpm++2m")
     assert "transformer_blocks.2  BasicTransformerBlock  block" in model.stdout
+    assert "sampler DPMSolverMultistepScheduler" in model.stdout
 
 
 def test_report_prints_the_table_again(command: Command, built: Path) -> None:

@@ -4,22 +4,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import models
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
-
-import models  # noqa: E402
-
-from dcompile.compiler import rewrite  # noqa: E402
-from dcompile.compiler.calibrate import Calibration, calibrate, compare_samples, example_conditions, snapshots  # noqa: E402
-from dcompile.compiler.errors import PassError  # noqa: E402
-from dcompile.compiler.execute import initial_slots, run  # noqa: E402
-from dcompile.compiler.ingest import Source, ingest  # noqa: E402
-from dcompile.compiler.program import Decision, Program  # noqa: E402
-from dcompile.passes.cache_steps import CacheSteps  # noqa: E402
-from dcompile.runtime.random import normal  # noqa: E402
+from dcompile.compiler import rewrite
+from dcompile.compiler.calibrate import Calibration, calibrate, compare_samples, example_conditions, snapshots
+from dcompile.compiler.errors import PassError
+from dcompile.compiler.execute import initial_slots, run
+from dcompile.compiler.ingest import Source, ingest
+from dcompile.compiler.program import Decision, Program
+from dcompile.passes.cache_steps import CacheSteps
+from dcompile.runtime.random import normal
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+import models
 import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
-
-import models  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-from dcompile.compiler.flops import node_flops, sample_flops  # noqa: E402
-from dcompile.compiler.program import Decision, Program  # noqa: E402
-from dcompile.passes.cache_steps import CacheSteps  # noqa: E402
-from dcompile.passes.prune_layers import PruneLayers  # noqa: E402
+from dcompile.compiler.flops import node_flops, sample_flops
+from dcompile.compiler.program import Decision, Program
+from dcompile.passes.cache_steps import CacheSteps
+from dcompile.passes.prune_layers import PruneLayers
 
 
 def counted(call: Callable[[], Any]) -> float:
@@ -83,7 +80,9 @@ def test_guidance_counts_both_halves(dit: Program, program_of: Callable[[str], P
 
 def test_reused_steps_count_what_they_run(dit: Program) -> None:
     full = sample_flops(dit)
-    one_block = full - sample_flops(PruneLayers().apply(dit, Decision({"removed": ["net.transformer_blocks.1"]})).program)
+    one_block = full - sample_flops(
+        PruneLayers().apply(dit, Decision({"removed": ["net.transformer_blocks.1"]})).program
+    )
     cached = CacheSteps(interval=3, warmup=2, predictor="delta").apply(dit, Decision()).program
     assert sum(cached.plan.sites[0].computed) == 3  # of 6 steps; the others leave out 2 of 3 blocks
     assert full - sample_flops(cached) == pytest.approx(2 * one_block * 3 / 6, rel=1e-6)

@@ -1,4 +1,4 @@
-"""What is refused, in which words; what is read, in every form; and that the program is the loop of a diffusers pipeline."""
+"""What is refused, in which words; what is read, in every form; and that the program is diffusers' own loop."""
 
 import importlib.util
 import json
@@ -8,21 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import models
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
-
-import models  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
-from dcompile.compiler.calibrate import example_conditions  # noqa: E402
-from dcompile.compiler.errors import IngestError, UnsupportedError  # noqa: E402
-from dcompile.compiler.execute import initial_slots, run  # noqa: E402
-from dcompile.compiler.ingest import Source, ingest, load_network, model_name, parse_shape  # noqa: E402
-from dcompile.compiler.program import Program  # noqa: E402
-from dcompile.runtime.errors import DcompileError  # noqa: E402
+from dcompile.compiler.calibrate import example_conditions
+from dcompile.compiler.errors import IngestError, UnsupportedError
+from dcompile.compiler.execute import initial_slots, run
+from dcompile.compiler.ingest import Source, ingest, load_network, model_name, parse_shape
+from dcompile.compiler.program import Program
+from dcompile.runtime.errors import DcompileError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -275,6 +273,36 @@ def test_shape_that_the_network_refuses(dit_folder: Path) -> None:
     message = refusal(model=str(dit_folder), shape=(3, 8, 8))
     assert message.startswith("DiTTransformer2DModel refuses a sample of shape 3x8x8: ")
     assert message.endswith("give another with --shape")
+
+
+def test_network_that_fixes_its_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fixed(models.Tokens):
+        def forward(self, x: Any, sigma: Any, extra: Any = None) -> Any:
+            return super().forward(x, sigma * torch.ones(len(x)))
+
+    monkeypatch.setattr(models, "fixed", Fixed, raising=False)
+    message = refusal(model="models:fixed", contract=contract(tmp_path), sampler="flow_euler")
+    assert message.startswith("Fixed computes with its batch as a fixed number: ")
+
+
+def test_network_that_computes_otherwise_at_batch_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Particular(models.Tokens):
+        def forward(self, x: Any, sigma: Any, extra: Any = None) -> Any:
+            return super().forward(x if x.shape[0] > 1 else 2 * x, sigma)
+
+    monkeypatch.setattr(models, "particular", Particular, raising=False)
+    message = refusal(model="models:particular", contract=contract(tmp_path), sampler="flow_euler")
+    assert message == "Particular computes something else at batch 1 than at 2; its batch cannot be dynamic"
+
+
+def test_network_that_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Choosing(models.Tokens):
+        def forward(self, x: Any, sigma: Any, extra: Any = None) -> Any:
+            return super().forward(x if x.sum() > 0 else -x, sigma)
+
+    monkeypatch.setattr(models, "choosing", Choosing, raising=False)
+    message = refusal(model="models:choosing", contract=contract(tmp_path), sampler="flow_euler")
+    assert message.startswith("Choosing cannot be exported: ")
 
 
 @pytest.mark.parametrize("text", ["", "4x", "4x0x4", "-4x4", "4,8,8", "axb"])

@@ -6,19 +6,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
-
-from dcompile.compiler import rewrite  # noqa: E402
-from dcompile.compiler.errors import PassError, UnsupportedError  # noqa: E402
-from dcompile.compiler.execute import run  # noqa: E402
-from dcompile.compiler.flops import sample_flops  # noqa: E402
-from dcompile.compiler.pipeline import apply_checked, run_passes, stage_json  # noqa: E402
-from dcompile.compiler.program import Decision, PassResult, Program, Record  # noqa: E402
-from dcompile.compiler.store import Store  # noqa: E402
-from dcompile.passes.cache_steps import CacheSteps  # noqa: E402
-from dcompile.passes.prune_layers import PruneLayers  # noqa: E402
+from dcompile.compiler import rewrite
+from dcompile.compiler.errors import PassError, UnsupportedError
+from dcompile.compiler.execute import run
+from dcompile.compiler.flops import sample_flops
+from dcompile.compiler.pipeline import apply_checked, run_passes, stage_json
+from dcompile.compiler.program import Decision, PassResult, Program, Record
+from dcompile.compiler.store import Store
+from dcompile.passes.cache_steps import CacheSteps
+from dcompile.passes.prune_layers import PruneLayers
 
 NOWHERE = Store(None)
 

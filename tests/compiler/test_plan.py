@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from dcompile.compiler.errors import PassError  # noqa: E402
-from dcompile.compiler.plan import Plan, Site, every, taylor  # noqa: E402
+from dcompile.compiler.errors import PassError
+from dcompile.compiler.plan import Plan, Site, every, taylor
 
 
 def computed_steps(mask: tuple[bool, ...]) -> list[int]:

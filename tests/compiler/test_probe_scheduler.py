@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
-
-from dcompile.compiler.errors import UnsupportedError  # noqa: E402
-from dcompile.compiler.probe_scheduler import SAMPLERS, make_scheduler, probe  # noqa: E402
-from dcompile.compiler.sampler import Sampler  # noqa: E402
+from dcompile.compiler.errors import UnsupportedError
+from dcompile.compiler.probe_scheduler import SAMPLERS, make_scheduler, probe
+from dcompile.compiler.sampler import Sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # numpy 2 on diffusers
 
@@ -303,7 +302,7 @@ def test_prediction_that_disagrees_is_refused() -> None:
 
 
 def test_data_dependent_step_is_refused() -> None:
-    class Normalising(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc, name-defined]
+    class Normalising(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         def step(self, model_output: Any, timestep: Any, sample: Any, **options: Any) -> Any:
             return super().step(model_output / model_output.std(), timestep, sample, **options)
 
@@ -312,7 +311,7 @@ def test_data_dependent_step_is_refused() -> None:
 
 
 def test_two_draws_in_a_step_are_refused() -> None:
-    class Twice(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc, name-defined]
+    class Twice(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         def step(self, model_output: Any, timestep: Any, sample: Any, **options: Any) -> Any:
             noise = torch.randn(sample.shape) + torch.randn_like(sample)
             return super().step(model_output + noise, timestep, sample, **options)

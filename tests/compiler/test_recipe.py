@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from dcompile.compiler.errors import RecipeError  # noqa: E402
-from dcompile.compiler.recipe import (  # noqa: E402
+from dcompile.compiler.errors import RecipeError
+from dcompile.compiler.recipe import (
     Recipe,
     build_passes,
     options_of,
@@ -17,11 +17,11 @@ from dcompile.compiler.recipe import (  # noqa: E402
     parse_recipe,
     read_recipe,
 )
-from dcompile.passes import PASSES, SHORT_NAMES  # noqa: E402
-from dcompile.passes.cache_steps import CacheSteps  # noqa: E402
-from dcompile.passes.fold_timestep import FoldTimestep  # noqa: E402
-from dcompile.passes.prune_layers import PruneLayers  # noqa: E402
-from dcompile.passes.quantize import Quantize  # noqa: E402
+from dcompile.passes import PASSES, SHORT_NAMES
+from dcompile.passes.cache_steps import CacheSteps
+from dcompile.passes.fold_timestep import FoldTimestep
+from dcompile.passes.prune_layers import PruneLayers
+from dcompile.passes.quantize import Quantize
 
 
 def build(text: str) -> tuple[Any, ...]:

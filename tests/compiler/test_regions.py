@@ -2,22 +2,20 @@
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
+import torch
+from models import ARCHITECTURES
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
-
-from models import ARCHITECTURES  # noqa: E402
-
-from dcompile.compiler.calibrate import example_conditions  # noqa: E402
-from dcompile.compiler.execute import run  # noqa: E402
-from dcompile.compiler.program import Program  # noqa: E402
-from dcompile.compiler.regions import Region, all_blocks, find_regions  # noqa: E402
-from dcompile.passes.prune_layers import remove_blocks  # noqa: E402
+from dcompile.compiler.calibrate import example_conditions
+from dcompile.compiler.execute import run
+from dcompile.compiler.program import Program
+from dcompile.compiler.regions import Region, all_blocks, find_regions
+from dcompile.passes.prune_layers import remove_blocks
 
 ProgramOf = Callable[[str], Program]
-# Blocks by the list that holds them: (class, number, residual streams of the first, branches of each stream of the first).
+# Blocks by the list that holds them: (class, number, residual streams of the first, branches of each of these streams).
 TRANSFORMERS: dict[str, dict[str, tuple[str, int, int, list[list[str]]]]] = {
     "dit": {"net.transformer_blocks": ("BasicTransformerBlock", 3, 1, [["attn1", "ff"]])},
     "pixart": {"net.transformer_blocks": ("BasicTransformerBlock", 2, 1, [["attn1", "attn2", "ff"]])},
@@ -50,7 +48,7 @@ def test_transformer_blocks_are_found_by_list_with_their_streams_and_branches(na
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_streams_run_from_block_to_block(name: str, program_of: ProgramOf) -> None:
     regions = find_regions(program_of(name).graph)
-    for before, after in zip(regions, regions[1:], strict=False):
+    for before, after in pairwise(regions):
         assert {stream.entry for stream in after.streams} <= {stream.exit for stream in before.streams}
 
 
@@ -83,14 +81,20 @@ def test_value_of_a_branch_without_a_gate_is_its_update(program_of: ProgramOf) -
         (
             "unet2d",
             {"net.down_blocks.0": 2, "net.down_blocks.1": 2, "net.up_blocks.0": 5, "net.up_blocks.1": 2},
-            ["down_blocks.0.resnets.0", "down_blocks.1.attentions.0", "mid_block.resnets.0", "mid_block.attentions.0"]
-            + ["mid_block.resnets.1", "up_blocks.0.attentions.0", "up_blocks.0.attentions.1"],
+            [
+                *("down_blocks.0.resnets.0", "down_blocks.1.attentions.0", "mid_block.resnets.0"),
+                *("mid_block.attentions.0", "mid_block.resnets.1", "up_blocks.0.attentions.0"),
+                "up_blocks.0.attentions.1",
+            ],
         ),
         (
             "unet_condition",
             {"net.down_blocks.0": 3, "net.down_blocks.1": 1, "net.up_blocks.0": 3, "net.up_blocks.1": 4},
-            ["down_blocks.0.resnets.0", "down_blocks.0.attentions.0", "mid_block.resnets.0", "mid_block.attentions.0"]
-            + ["mid_block.resnets.1", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1"],
+            [
+                *("down_blocks.0.resnets.0", "down_blocks.0.attentions.0", "mid_block.resnets.0"),
+                *("mid_block.attentions.0", "mid_block.resnets.1", "up_blocks.1.attentions.0"),
+                "up_blocks.1.attentions.1",
+            ],
         ),
     ],
 )

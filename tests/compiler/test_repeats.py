@@ -3,13 +3,12 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from dcompile.compiler import rewrite  # noqa: E402
-from dcompile.compiler.program import Program  # noqa: E402
-from dcompile.compiler.regions import all_blocks  # noqa: E402
-from dcompile.passes.prune_layers import remove_blocks  # noqa: E402
+from dcompile.compiler import rewrite
+from dcompile.compiler.program import Program
+from dcompile.compiler.regions import all_blocks
+from dcompile.passes.prune_layers import remove_blocks
 
 ProgramOf = Callable[[str], Program]
 

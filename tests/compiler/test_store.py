@@ -7,29 +7,34 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
-
-from dcompile.compiler import pipeline  # noqa: E402
-from dcompile.compiler.errors import DcompileError  # noqa: E402
-from dcompile.compiler.pipeline import run_passes  # noqa: E402
-from dcompile.compiler.program import Program  # noqa: E402
-from dcompile.compiler.rewrite import assign, clone, weights  # noqa: E402
-from dcompile.compiler.store import Store, digest, fingerprint  # noqa: E402
-from dcompile.passes.cache_steps import CacheSteps  # noqa: E402
-from dcompile.passes.prune_layers import PruneLayers  # noqa: E402
-from dcompile.passes.quantize import Quantize  # noqa: E402
+from dcompile.compiler import pipeline
+from dcompile.compiler.calibrate import calibrate
+from dcompile.compiler.errors import StoreError
+from dcompile.compiler.pipeline import run_passes
+from dcompile.compiler.program import Program
+from dcompile.compiler.rewrite import assign, clone, weights
+from dcompile.compiler.store import Store, digest, fingerprint
+from dcompile.passes.cache_steps import CacheSteps
+from dcompile.passes.prune_layers import PruneLayers
+from dcompile.passes.quantize import Quantize
 
 VALUES = {"choices": {"removed": ["a"], "ranges": {"x": [-1.5, 2.0]}}, "error": {"psnr": 30.5}}
-ARRAYS = {"scale": np.arange(6, dtype=np.float32).reshape(2, 3).T, "codes": np.array([1, -1], np.int8)}
+ARRAYS: dict[str, NDArray[Any]] = {
+    "scale": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+    "codes": np.array([1, -1], np.int8),
+}
 
 
 def test_entry_comes_back(tmp_path: Path) -> None:
     store = Store(tmp_path / "made" / "when needed")
     assert store.get("key") is None
     store.put("key", VALUES, ARRAYS)
-    values, arrays = store.get("key") or ({}, {})
+    kept = store.get("key")
+    assert kept is not None
+    values, arrays = kept
     assert values == VALUES
     for name, array in ARRAYS.items():
         assert arrays[name].dtype == array.dtype
@@ -63,7 +68,7 @@ def test_damaged_entry_is_no_entry(tmp_path: Path, name: str, damage: str) -> No
 
 def test_directory_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DcompileError, match="results cannot be kept here.*--no-cache"):
+    with pytest.raises(StoreError, match=r"results cannot be kept here .*--no-cache"):
         Store(tmp_path / "file" / "below").put("key", VALUES, ARRAYS)
 
 
@@ -107,7 +112,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     for cls in {type(step) for step in PASSES}:
         monkeypatch.setattr(cls, "decide", _noting(cls.decide, found, cls.name))
-    monkeypatch.setattr(pipeline, "calibrate", _noting(pipeline.calibrate, found, "teacher"))
+    monkeypatch.setattr(pipeline, "calibrate", _noting(calibrate, found, "teacher"))
     return found
 
 

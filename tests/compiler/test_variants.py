@@ -5,29 +5,27 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import diffusers
+import models
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
-
-import models  # noqa: E402
-from diffusers.hooks import (  # noqa: E402
+import torch
+from diffusers.hooks import (
     FirstBlockCacheConfig,
     TaylorSeerCacheConfig,
     apply_first_block_cache,
     apply_taylorseer_cache,
 )
-from diffusers.hooks.hooks import CacheContext, _set_cache_context  # noqa: E402
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
-from dcompile.compiler.calibrate import Calibration, example_conditions  # noqa: E402
-from dcompile.compiler.execute import initial_slots, run  # noqa: E402
-from dcompile.compiler.flops import sample_flops  # noqa: E402
-from dcompile.compiler.plan import Plan, Site, every, taylor  # noqa: E402
-from dcompile.compiler.program import Decision, Program  # noqa: E402
-from dcompile.compiler.rewrite import placeholders, weights  # noqa: E402
-from dcompile.compiler.variants import build_variant, cache_tables, state_slot  # noqa: E402
-from dcompile.passes.cache_steps import CacheSteps  # noqa: E402
+from dcompile.compiler.calibrate import example_conditions
+from dcompile.compiler.execute import initial_slots, run
+from dcompile.compiler.flops import sample_flops
+from dcompile.compiler.plan import Plan, taylor
+from dcompile.compiler.program import Decision, Program
+from dcompile.compiler.rewrite import placeholders, weights
+from dcompile.compiler.variants import build_variant, cache_tables, state_slot
+from dcompile.passes.cache_steps import CacheSteps
 
 SEEDS = [0, 1]
 
@@ -135,6 +133,7 @@ def test_delta_follows_its_input_and_copy_does_not(dit: Program) -> None:
         (entered if name == base else left).setdefault(step, tensor)
 
     conditions = example_conditions(dit.contract, 2)
+    assert base is not None
     run(dit, conditions, SEEDS, tap=tap, taps=[base, value])
     assert not torch.equal(entered[0], entered[1])  # step 1 starts from the same sample in all three
     expected = {"copy": left[0], "delta": entered[1] + (left[0] - entered[0])}

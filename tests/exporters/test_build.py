@@ -30,7 +30,7 @@ from dcompile.runtime import BundleError
 from dcompile.runtime.manifest import read
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-TESTS = Path(__file__).parents[1]  # of models.py
+SHARED = Path(__file__).parents[1] / "shared"  # where models.py is
 
 
 def report_of(bundle: Path) -> dict[str, Any]:
@@ -54,6 +54,8 @@ def test_the_report_tells_what_each_pass_did(built: Path) -> None:
     assert {parity["engine"] for parity in report["parity"]} == {"full", "reuse"}
     assert {row["metric"] for row in report["table"]} >= {"parameters", "flops", "bytes", "latency_s", "psnr"}
     assert report["quality"]["samples"] == 4
+    assert report["commands"]["sample from it"] == f"dcompile run {built} --seed 0 -o sample.png"
+    assert report["tools"]["torch"] in (built / "report.html").read_text()
     assert report["labels"] == ["class 0", "class 1", "class 2", "class 3"]
 
 
@@ -200,7 +202,7 @@ def test_a_killed_build_leaves_no_bundle_and_the_next_goes_on(
 ) -> None:
     output = tmp_path / "out"
     arguments = tokens_build(tokens_contract, output, "--no-eval", "--cache-dir", tmp_path / "cache")
-    process = subprocess.Popen([sys.executable, "-m", "dcompile.cli", *arguments], cwd=TESTS, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "dcompile.cli", *arguments], cwd=SHARED, stderr=subprocess.PIPE)
     try:
         for _ in wait_until(lambda: any(tmp_path.glob(".out.partial-*/engines/full.onnx")), 300):
             assert process.poll() is None, process.communicate()[1].decode()

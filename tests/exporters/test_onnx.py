@@ -214,6 +214,15 @@ def test_a_layer_that_would_run_in_fp32_is_not_passed_over() -> None:
         check_fusion("reuse", graph, {"QLinearConv": 4})
 
 
+def test_a_full_temporary_disk_is_said(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("could not write optimised.onnx\nand more")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", fail)
+    with pytest.raises(EngineError, match=r"^full\.onnx: ONNX Runtime cannot optimise it into .*: could not write op"):
+        fused_operators(exported / "engines/full.onnx")
+
+
 def test_fp32_engines_promise_nothing(exported: Path, lowered: Lowered) -> None:
     operators = fused_operators(exported / "engines/full.onnx")
     check_fusion("full", lowered.engines["full"].graph, operators)

@@ -63,6 +63,14 @@ def test_a_number_that_is_a_name_is_the_name(built: Path, tmp_path: Path) -> Non
     np.testing.assert_array_equal(numbers(bundle, tmp_path, labels=["2"]), direct(built, [7], [0]))
 
 
+def test_a_few_labels_for_many_samples_are_taken_in_turn(built: Path, tmp_path: Path) -> None:
+    samples = numbers(built, tmp_path, labels=["3", "7"], count=5)
+    np.testing.assert_array_equal(samples, direct(built, [3, 7, 3, 7, 3], [0, 1, 2, 3, 4]))
+    np.savez(tmp_path / "two.npz", class_labels=np.array([1, 2]))
+    with pytest.raises(RequestError, match="labels: 0 conditions that are not given otherwise take labels"):
+        generate(built, tmp_path / "sample.npy", ["3"] * 3, conditions=tmp_path / "two.npz")
+
+
 def test_without_labels_the_classes_come_in_turn(built: Path, tmp_path: Path) -> None:
     samples = numbers(built, tmp_path, count=12)
     np.testing.assert_array_equal(samples, direct(built, [*range(10), 0, 1], list(range(12))))

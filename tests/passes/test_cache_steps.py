@@ -7,20 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import models
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
-
-import models  # noqa: E402
-
-from dcompile.compiler import rewrite  # noqa: E402
-from dcompile.compiler.errors import PassError, RecipeError  # noqa: E402
-from dcompile.compiler.execute import run  # noqa: E402
-from dcompile.compiler.program import Decision, PassResult, Program  # noqa: E402
-from dcompile.compiler.regions import all_blocks, find_regions  # noqa: E402
-from dcompile.compiler.variants import build_variant  # noqa: E402
-from dcompile.passes.cache_steps import CacheSteps  # noqa: E402
+from dcompile.compiler import rewrite
+from dcompile.compiler.errors import PassError, RecipeError
+from dcompile.compiler.execute import run
+from dcompile.compiler.program import Decision, PassResult, Program
+from dcompile.compiler.regions import all_blocks, find_regions
+from dcompile.compiler.variants import build_variant
+from dcompile.passes.cache_steps import CacheSteps
 
 ProgramOf = Callable[[str], Program]
 
@@ -95,7 +91,7 @@ def test_module_that_a_block_uses_twice_makes_two_sites(tokens: Program, monkeyp
     spec = NetworkSpec(sample="x", timestep="sigma", sample_shape=(6, 4), predicts="flow")
     graph = export_step(Step(models.randomise(network), spec, tokens.sampler, 1.0))
     result = cache(replace(tokens, graph=graph), site="branch", interval=2)
-    assert names(result) == ["blocks_0_down", "blocks_0_down_2"]
+    assert names(result) == ["blocks_0_down", "blocks_0_down_1"]
     assert run(result.program, {}, [0]).shape == (1, 6, 4)
 
 
@@ -145,7 +141,9 @@ def test_longer_intervals_drift_further(dit: Program, calibration_of: Any) -> No
 # ---- left alone, refused ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"interval": 1}, {"interval": 3, "warmup": 6}, {"interval": 9, "last": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"interval": 1}, {"interval": 3, "warmup": 6}, {"interval": 9, "last": 5}], ids=str
+)
 def test_nothing_to_reuse_is_the_same_program(dit: Program, options: dict[str, Any]) -> None:
     result = cache(dit, **options)
     assert result.program is dit
@@ -153,13 +151,6 @@ def test_nothing_to_reuse_is_the_same_program(dit: Program, options: dict[str, A
     ((what, why),) = result.record.refused
     assert what == "every site"
     assert "compute all 6 steps" in why
-
-
-def test_list_that_is_too_short_is_left_alone(program_of: ProgramOf) -> None:
-    result = cache(program_of("flux"), front=1, back=1, interval=2)
-    assert result.record.changed == 0 or result.program.plan.sites
-    refused = dict(result.record.refused)
-    assert refused == {}
 
 
 def test_lists_too_short_for_front_and_back(program_of: ProgramOf) -> None:
@@ -170,7 +161,9 @@ def test_lists_too_short_for_front_and_back(program_of: ProgramOf) -> None:
 def test_one_short_list_among_others_is_named(unet: Program) -> None:
     result = cache(unet, site="range", interval=2)
     assert names(result) == ["mid_block_resnets_1_1"]
-    assert dict(result.record.refused) == {"net.mid_block.attentions": "has 1 blocks; front 1 and back 0 leave none to cache"}
+    assert dict(result.record.refused) == {
+        "net.mid_block.attentions": "has 1 blocks; front 1 and back 0 leave none to cache"
+    }
 
 
 def test_network_without_blocks(tokens: Program) -> None:

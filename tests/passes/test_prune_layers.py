@@ -5,22 +5,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import models
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
-
-import models  # noqa: E402
-
-from dcompile.compiler import rewrite  # noqa: E402
-from dcompile.compiler.calibrate import Calibration, output_error, snapshots  # noqa: E402
-from dcompile.compiler.errors import PassError  # noqa: E402
-from dcompile.compiler.execute import run  # noqa: E402
-from dcompile.compiler.ingest import Source, ingest  # noqa: E402
-from dcompile.compiler.program import Decision, Program  # noqa: E402
-from dcompile.compiler.regions import all_blocks  # noqa: E402
-from dcompile.passes.cache_steps import CacheSteps  # noqa: E402
-from dcompile.passes.prune_layers import PruneLayers, remove_blocks  # noqa: E402
+from dcompile.compiler import rewrite
+from dcompile.compiler.calibrate import Calibration, output_error, snapshots
+from dcompile.compiler.errors import PassError
+from dcompile.compiler.execute import run
+from dcompile.compiler.ingest import Source, ingest
+from dcompile.compiler.program import Decision, Program
+from dcompile.compiler.regions import all_blocks
+from dcompile.passes.cache_steps import CacheSteps
+from dcompile.passes.prune_layers import PruneLayers, remove_blocks
 
 CalibrationOf = Callable[[Program], Calibration]
 
@@ -104,7 +101,9 @@ def weakened(program: Program, block: int, by: float = 1e-3) -> Program:
 
 @pytest.mark.parametrize("method", ["greedy", "influence"])
 @pytest.mark.parametrize("weak", [0, 1, 2])
-def test_block_that_does_nothing_goes_first(tokens: Program, calibration_of: CalibrationOf, method: str, weak: int) -> None:
+def test_block_that_does_nothing_goes_first(
+    tokens: Program, calibration_of: CalibrationOf, method: str, weak: int
+) -> None:
     program = weakened(tokens, weak)
     assert removed(program, calibration_of(tokens), count=1, method=method) == [f"blocks.{weak}"]
     assert removed(program, calibration_of(tokens), count=2, method=method)[0] == f"blocks.{weak}"
@@ -118,7 +117,9 @@ def test_greedy_is_the_best_choice_given_those_before(tokens: Program, calibrati
     expected = [tokens.graph(*inputs)[0] for _, inputs in at]
     alone = {path: output_error(remove_blocks(tokens, [path]), at, expected) for path in paths}
     first = min(alone, key=lambda path: alone[path])
-    pairs = {other: output_error(remove_blocks(tokens, [first, other]), at, expected) for other in paths if other != first}
+    pairs = {
+        other: output_error(remove_blocks(tokens, [first, other]), at, expected) for other in paths if other != first
+    }
     second = min(pairs, key=lambda path: pairs[path])
     decision = PruneLayers(count=2).decide(tokens, calibration)
     assert decision.choices["removed"] == [first, second]
@@ -136,7 +137,8 @@ def test_influence_is_one_minus_the_cosine_over_the_trajectory(tokens: Program, 
         for block in blocks:
             if name == block.streams[0].exit:
                 pair = entering[block.streams[0].entry], value
-                cosine = torch.nn.functional.cosine_similarity(*(x.reshape(-1, 32) for x in pair), dim=-1)
+                before, after = (x.reshape(-1, 32) for x in pair)
+                cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
                 found[block.path].append(float(1 - cosine.mean()))
 
     names = [name for block in blocks for name in (block.streams[0].entry, block.streams[0].exit)]
@@ -159,7 +161,9 @@ def test_how_many(tokens: Program, calibration_of: CalibrationOf, options: dict[
 
 def test_blocks_by_name_need_no_measuring(dit: Program) -> None:
     assert removed(dit, blocks=("net.transformer_blocks.2",)) == ["transformer_blocks.2"]
-    assert removed(dit, blocks=("transformer_blocks.2", "net.transformer_blocks.2"), ratio=0.9) == ["transformer_blocks.2"]
+    assert removed(dit, blocks=("transformer_blocks.2", "net.transformer_blocks.2"), ratio=0.9) == [
+        "transformer_blocks.2"
+    ]
 
 
 def test_a_full_path_is_no_ending_of_another(program_of: Callable[[str], Program]) -> None:
@@ -204,7 +208,9 @@ def test_choice_that_cannot_be(tokens: Program, options: dict[str, Any], words: 
 
 
 def test_name_that_several_blocks_end_in(unet: Program) -> None:
-    with pytest.raises(PassError, match=r"blocks end in 'resnets.0': net.down_blocks.0.resnets.0, .*give the whole path"):
+    with pytest.raises(
+        PassError, match=r"blocks end in 'resnets.0': net.down_blocks.0.resnets.0, .*give the whole path"
+    ):
         removed(unet, blocks=("resnets.0",))
 
 

@@ -1,6 +1,7 @@
 """Tiny networks of the architectures that dcompile reads: two or three blocks of width 32, and every parameter random.
 
-Random on purpose: gates and last layers start at zero, and with them whatever a test does to the blocks behind would pass.
+Random on purpose: gates and last layers start at zero, and with them whatever a test does to the blocks behind would
+pass.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 
 
 def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Matrices of unit gain, vectors 0.1 away from the usual: no gate is shut, and no value grows from block to block."""
+    """Matrices of unit gain, vectors 0.1 away from the usual: no gate is shut, no value grows from block to block."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in network.named_parameters():
@@ -152,7 +153,7 @@ def unet_condition() -> nn.Module:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A factory of this file, a sampler that suits what it predicts, and the sample's shape where its config tells none."""
+    """A factory of this file, a sampler that suits its prediction, and the shape of a sample if its config has none."""
 
     make: Callable[[], nn.Module]
     sampler: str
