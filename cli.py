@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.table import Column
 
 from .runtime.errors import DcompileError, RequestError
 from .runtime.version import __version__
@@ -296,8 +297,8 @@ _COLUMNS = (
     SpinnerColumn(finished_text="✓"),
     TextColumn("{task.description}", markup=False),
     BarColumn(bar_width=24),
-    _Time(),
-    TextColumn("{task.fields[doing]}", style="dim", markup=False),
+    _Time(table_column=Column(no_wrap=True)),
+    TextColumn("{task.fields[doing]}", style="dim", markup=False, table_column=Column(no_wrap=True)),
 )
 
 

@@ -64,8 +64,9 @@ def run_passes(
             result = apply_checked(step, program, decision)
             error = kept[0]["error"] if kept else calibration.error(result.program)
         except PassError as problem:
-            before = ", ".join(stage.name for stage in stages) or "nothing"
-            raise PassError(f"step {index + 1} ({step.name!r}, after {before}): {problem}") from problem
+            after = f", after {', '.join(stage.name for stage in stages)}" if stages else ""
+            why = str(problem).removeprefix(f"{step.name}: ")
+            raise PassError(f"step {index + 1} ({step.name!r}{after}): {why}") from problem
         if not kept:
             store.put(key, {"choices": dict(decision.choices), "error": error}, dict(decision.tensors))
         program = replace(result.program, history=(*program.history, replace(result.record, options=options_of(step))))

@@ -95,7 +95,7 @@ def write_folder(model: ModelMixin, weights: dict[str, torch.Tensor], folder: Pa
 
 
 def use_plain_attention(model: nn.Module) -> None:
-    """Swaps fused attention for plain products: the fused kernel's backward is five times slower on a CPU here."""
+    """Swaps fused attention for plain products: the fused kernel's backward is several times slower on a CPU here."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.set_processor(AttnProcessor())

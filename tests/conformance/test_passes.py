@@ -13,7 +13,7 @@ from dcompile.compiler import rewrite
 from dcompile.compiler.calibrate import Calibration
 from dcompile.compiler.execute import run
 from dcompile.compiler.pipeline import apply_checked
-from dcompile.compiler.program import PassResult, Program
+from dcompile.compiler.program import Decision, PassResult, Program
 from dcompile.passes import PASSES, SHORT_NAMES
 
 CalibrationOf = Callable[..., Calibration]
@@ -38,9 +38,16 @@ def text(program: Program) -> str:
     return str(program.graph.graph) + repr(program.plan) + repr(sorted(program.tables))
 
 
+@pytest.fixture(scope="module", params=["dit", "unet"])
+def program(request: pytest.FixtureRequest) -> Program:
+    """Blocks in a row and linear layers; nested stages and convolutions."""
+    found: Program = request.getfixturevalue(request.param)
+    return found
+
+
 @pytest.fixture(scope="module")
-def results(dit: Program, calibration_of: CalibrationOf) -> dict[str, PassResult]:
-    return {name: apply(name, dit, calibration_of(dit), **WORKING.get(name, {})) for name in PASSES}
+def results(program: Program, calibration_of: CalibrationOf) -> dict[str, PassResult]:
+    return {name: apply(name, program, calibration_of(program), **WORKING.get(name, {})) for name in PASSES}
 
 
 def test_every_pass_has_a_short_name() -> None:
@@ -49,66 +56,89 @@ def test_every_pass_has_a_short_name() -> None:
 
 @pytest.mark.parametrize("name", PASSES)
 class TestPass:
-    def test_has_work_to_do_and_says_so(self, name: str, dit: Program, results: dict[str, PassResult]) -> None:
+    def test_has_work_to_do_and_says_so(self, name: str, program: Program, results: dict[str, PassResult]) -> None:
         assert results[name].record.changed > 0
-        assert text(results[name].program) != text(dit)
+        assert text(results[name].program) != text(program)
 
-    def test_leaves_its_input_alone(self, name: str, dit: Program, calibration_of: CalibrationOf) -> None:
-        before = text(dit), {key: (id(value), value._version) for key, value in rewrite.weights(dit.graph).items()}
-        apply(name, dit, calibration_of(dit), **WORKING.get(name, {}))
-        assert before == (text(dit), {k: (id(v), v._version) for k, v in rewrite.weights(dit.graph).items()})
+    def test_leaves_its_input_alone(self, name: str, program: Program, calibration_of: CalibrationOf) -> None:
+        before = (
+            text(program),
+            {key: (id(value), value._version) for key, value in rewrite.weights(program.graph).items()},
+        )
+        apply(name, program, calibration_of(program), **WORKING.get(name, {}))
+        assert before == (text(program), {k: (id(v), v._version) for k, v in rewrite.weights(program.graph).items()})
 
     def test_is_deterministic(
-        self, name: str, dit: Program, calibration_of: CalibrationOf, results: dict[str, PassResult]
+        self, name: str, program: Program, calibration_of: CalibrationOf, results: dict[str, PassResult]
     ) -> None:
-        again = apply(name, dit, calibration_of(dit), **WORKING.get(name, {})).program
+        again = apply(name, program, calibration_of(program), **WORKING.get(name, {})).program
         assert text(again) == text(results[name].program)
         for key, value in rewrite.weights(results[name].program.graph).items():
             assert torch.equal(value, rewrite.attribute(again.graph, key))
 
     def test_what_it_makes_runs_and_is_close_to_the_teacher(
-        self, name: str, calibration_of: CalibrationOf, dit: Program, results: dict[str, PassResult]
+        self, name: str, calibration_of: CalibrationOf, program: Program, results: dict[str, PassResult]
     ) -> None:
-        program = results[name].program
-        program.graph.graph.lint()
-        assert calibration_of(dit).error(program)["relative_error"] < BOUND[name]
+        found = results[name].program
+        found.graph.graph.lint()
+        assert calibration_of(program).error(found)["relative_error"] < BOUND[name]
 
     def test_its_record_is_json(self, name: str, results: dict[str, PassResult]) -> None:
         record = results[name].record
-        json.dumps([record.name, dict(record.options), record.changed, record.refused, dict(record.details)])
+        told = [
+            record.name,
+            dict(record.options),
+            record.changed,
+            [list(r) for r in record.refused],
+            dict(record.details),
+        ]
+        assert json.loads(json.dumps(told)) == told
 
     def test_asked_for_nothing_it_changes_nothing(
-        self, name: str, dit: Program, calibration_of: CalibrationOf, results: dict[str, PassResult]
+        self, name: str, program: Program, calibration_of: CalibrationOf, results: dict[str, PassResult]
     ) -> None:
         if name == "fold_timestep":  # it has no such option; what is folded has nothing left to fold
-            dit = results[name].program
-        result = apply(name, dit, calibration_of(dit), **IDLE.get(name, {}))
+            program = results[name].program
+        result = apply(name, program, calibration_of(program), **IDLE.get(name, {}))
         assert result.record.changed == 0
-        assert text(result.program) == text(dit)
+        assert text(result.program) == text(program)
+
+    def test_what_it_decided_survives_json(
+        self, name: str, program: Program, calibration_of: CalibrationOf, results: dict[str, PassResult]
+    ) -> None:
+        """As the store keeps it: applied again, it makes the same."""
+        step = PASSES[name](**WORKING.get(name, {}))
+        decision = step.decide(program, calibration_of(program))
+        kept = Decision(json.loads(json.dumps(dict(decision.choices))), dict(decision.tensors))
+        again = apply_checked(step, program, kept)
+        assert text(again.program) == text(results[name].program)
+        assert again.record == results[name].record
 
     def test_a_second_run_changes_nothing_or_is_refused(
-        self, name: str, dit: Program, calibration_of: CalibrationOf, results: dict[str, PassResult]
+        self, name: str, program: Program, calibration_of: CalibrationOf, results: dict[str, PassResult]
     ) -> None:
         once = results[name].program
         if name == "prune_layers":  # every run removes what it is asked to, while two blocks are left
-            assert apply(name, once, calibration_of(dit), count=1).record.changed == 1
+            assert apply(name, once, calibration_of(program), count=1).record.changed == 1
             return
         if name == "cache_steps":
             with pytest.raises(Exception, match="already has cache sites"):
-                apply(name, once, calibration_of(dit))
+                apply(name, once, calibration_of(program))
             return
-        assert apply(name, once, calibration_of(dit), **WORKING.get(name, {})).record.changed == 0
+        assert apply(name, once, calibration_of(program), **WORKING.get(name, {})).record.changed == 0
 
 
-def test_interval_1_equals_no_cache_bit_for_bit(dit: Program, calibration_of: CalibrationOf) -> None:
-    calibration = calibration_of(dit)
-    cached = apply("cache_steps", dit, calibration, interval=1).program
-    expected = run(dit, calibration.conditions, calibration.seeds)
+def test_interval_1_equals_no_cache_bit_for_bit(program: Program, calibration_of: CalibrationOf) -> None:
+    calibration = calibration_of(program)
+    cached = apply("cache_steps", program, calibration, interval=1).program
+    expected = run(program, calibration.conditions, calibration.seeds)
     assert torch.equal(run(cached, calibration.conditions, calibration.seeds), expected)
 
 
-def test_reused_steps_do_differ(dit: Program, calibration_of: CalibrationOf, results: dict[str, PassResult]) -> None:
-    calibration = calibration_of(dit)
-    expected = run(dit, calibration.conditions, calibration.seeds)
+def test_reused_steps_do_differ(
+    program: Program, calibration_of: CalibrationOf, results: dict[str, PassResult]
+) -> None:
+    calibration = calibration_of(program)
+    expected = run(program, calibration.conditions, calibration.seeds)
     found = run(results["cache_steps"].program, calibration.conditions, calibration.seeds)
     assert (found - expected).abs().max() > 1e-4
