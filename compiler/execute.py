@@ -17,7 +17,8 @@ from .plan import Mask
 from .program import Program
 from .variants import Variant, build_variant, cache_tables
 
-# (step, node name, value): called for each tapped node as the step computes it. Nodes that a step reuses are not seen.
+# (step, node name, value): called for each tapped node as the step computes it. A step that reuses a site shows what it
+# works out in the site's place (nothing for a copy, which is an earlier step's value), and none of the nodes before.
 Tap = Callable[[int, str, Tensor], None]
 
 

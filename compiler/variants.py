@@ -47,7 +47,7 @@ def build_variant(program: Program, mask: Mask) -> Variant:
     inputs = {name: _source(program, name) for name in rewrite.placeholders(module)}
     slots = ["sample", "history"][: len(rewrite.output_values(module))]
     results = list(rewrite.output_values(module))
-    reused: dict[str, fx.Node] = {}  # a later site whose base is one of these values means what stands for it
+    reused: dict[str, fx.Node] = {}  # copies: a later site whose base is one of these values means what stands for it
     for site, computed in zip(program.plan.sites, mask, strict=True):
         emitted = (_refresh if computed else _reuse)(module, site, inputs, reused)
         slots += [state_slot(site, order) for order in range(len(emitted))]
@@ -99,8 +99,11 @@ def _reuse(
     assert total is not None
     if site.base is not None:
         total = rewrite.call(module, value, aten.add.Tensor, _base(module, site.base, reused), total)
-    value.replace_all_uses_with(total)
-    reused[site.value] = total
+    if total.op == "call_function":  # it takes the name of what it stands for: taps see it, later sites find it
+        rewrite.change_call(value, total.target, *total.args)
+    else:
+        value.replace_all_uses_with(total)
+        reused[site.value] = total
     return []
 
 
