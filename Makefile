@@ -18,7 +18,7 @@ PACKAGE := __init__.py cli.py compiler exporters kernels passes quant runtime
 SOURCES := $(shell find $(wildcard $(PACKAGE)) -not -path '*/__pycache__*')  # folders too: they change when a file goes
 CHECKED := $(wildcard tests examples benchmarks)
 OUTPUT := build/glyphs
-PASSES := prune:count=1,cache:interval=3,quant,fold
+PASSES := prune:count=2,cache:interval=4,quant,fold
 DEMO := $(BIN)/dcompile examples/glyphs/model --passes $(PASSES) --judge examples/glyphs --gate 'accuracy_drop<=0.03' -o $(OUTPUT)
 
 demo: $(INSTALLED)
