@@ -34,16 +34,11 @@ def _sizes(value: object) -> list[int]:
 
 def _total(node: fx.Node) -> float:
     out = _sizes(node)
-    name = getattr(node.target, "_opname", "") or str(node.target)
-    if is_call(node, aten.linear.default) or name.startswith("linear_int8"):
-        return 2.0 * prod(out) * _sizes(node.args[0])[-1]
-    if is_call(node, aten.matmul.default, aten.bmm.default, aten.mm.default):
+    if is_call(node, aten.linear.default, aten.matmul.default, aten.bmm.default, aten.mm.default):
         return 2.0 * prod(out) * _sizes(node.args[0])[-1]
     if is_call(node, aten.addmm.default):
         return 2.0 * prod(out) * _sizes(node.args[1])[-1]
-    if is_call(node, aten.conv2d.default, aten.conv3d.default, aten.convolution.default) or name.startswith(
-        "conv2d_int8"
-    ):
+    if is_call(node, aten.conv2d.default, aten.conv3d.default, aten.convolution.default):
         return 2.0 * prod(out) * prod(_sizes(node.args[1])[1:])
     if is_call(node, aten.scaled_dot_product_attention.default):
         query, key = _sizes(node.args[0]), _sizes(node.args[1])

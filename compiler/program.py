@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, fx
 from ..runtime.manifest import Contract
 from .plan import Plan
 from .regions import Region, find_regions
-from .rewrite import weights
+from .rewrite import attribute, hint, shape_of
 from .sampler import Sampler
 
 
@@ -61,11 +62,27 @@ class Program:
 
     @property
     def parameters(self) -> int:
-        """Elements of the floating-point and integer weights that the graph still reads."""
-        return sum(value.numel() for value in weights(self.graph).values())
+        """Elements of the weights that the graph still reads: two in a byte that packs two, none in a scale."""
+        return sum(_elements(self.graph, node) for node in _first_reads(self.graph))
 
     def with_graph(self, graph: fx.GraphModule, **changes: Any) -> Program:
         return replace(self, graph=graph, **changes)
+
+
+# Operators of quantisation, which lies above this layer: the first argument is the model's, those after it are scales.
+_SCALED = ("dequantize", "quantize_dequantize", "quantize_dequantize_nvfp4")
+
+
+def _first_reads(graph: fx.GraphModule) -> Iterable[fx.Node]:
+    """One `get_attr` node for each weight."""
+    return {str(node.target): node for node in graph.graph.nodes if node.op == "get_attr"}.values()
+
+
+def _elements(graph: fx.GraphModule, weight: fx.Node) -> int:
+    for reader in weight.users:
+        if getattr(reader.target, "_opname", "") in _SCALED:
+            return prod(map(hint, shape_of(reader))) if reader.args[0] is weight else 0
+    return attribute(graph, str(weight.target)).numel()
 
 
 @dataclass(frozen=True)

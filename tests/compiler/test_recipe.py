@@ -106,7 +106,7 @@ def test_every_pass_has_its_name_and_one_short_name() -> None:
         ("cache:predictor=guess", "predictor is 'guess': Input should be 'copy', 'delta', 'taylor1' or 'taylor2'"),
         ("cache:predictor=delta,site=branch", "predictor 'delta' needs site 'range'"),
         ("quant:max_error=2", "quantize: max_error is 2.0, needed 0 to 1"),
-        ("quant:activations=int4", "activations is 'int4': Input should be 'static' or 'dynamic'"),
+        ("quant:activations=int4", "activations is 'int4': Input should be 'static', 'dynamic' or 'none'"),
     ],
 )
 def test_pass_or_option_that_is_none(text: str, words: str) -> None:

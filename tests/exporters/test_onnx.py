@@ -1,4 +1,4 @@
-"""Engines as ONNX files: weights shared between them, and INT8 layers that really run in INT8."""
+"""Engines as ONNX files: weights shared between them, and quantised layers that really run in fewer bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from dcompile.compiler import rewrite
 from dcompile.compiler.errors import InternalError
 from dcompile.compiler.step_graph import flatten
-from dcompile.exporters.lower import Lowered, transpose_linear_weights
+from dcompile.exporters.lower import Lowered
 from dcompile.exporters.onnx import (
     ALIGNMENT,
     IR_VERSION,
@@ -27,9 +27,11 @@ from dcompile.exporters.onnx import (
     fused_operators,
     to_onnx,
 )
-from dcompile.quant.int8 import affine_range, quantize_weight
-from dcompile.runtime.engines import OnnxEngine
+from dcompile.exporters.onnx_forms import transpose_linear_weights
+from dcompile.exporters.onnx_runtime_forms import rewrite_for_onnx_runtime
+from dcompile.quant import formats
 from dcompile.runtime.errors import EngineError
+from dcompile.runtime.onnx_engine import OnnxEngine
 
 Ops = torch.ops.dcompile
 
@@ -110,48 +112,56 @@ def test_what_onnx_refuses_is_a_bug_of_ours(lowered: Lowered, tmp_path: Path, mo
 
 
 class Quantised(nn.Module):
-    """Layers in the forms that the pass writes: weights [N, ...] as it finds them, ranges from -4 to 4."""
+    """Layers in the forms that the pass writes, as named: weights [N, ...], ranges from -4 to 4, with a bias."""
 
-    def __init__(self, **shapes: tuple[int, ...]) -> None:
+    def __init__(self, weights: str, activations: str | None, **shapes: tuple[int, ...]) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        scale, zero_point = affine_range(-4.0, 4.0)
+        self.weights, self.activations = weights, activations
+        scale, zero_point = formats.affine_range(-4.0, 4.0)
+        if activations == "int8":
+            scale = formats.symmetric_range(-4.0, 4.0)
         self.register_buffer("x_scale", torch.tensor(scale))
         self.register_buffer("x_zero", torch.tensor(zero_point, dtype=torch.uint8))
         for name, shape in shapes.items():
-            real = torch.randn(shape, generator=generator) / np.prod(shape[1:]) ** 0.5
-            integers, scales = quantize_weight(real)
-            self.register_buffer(name, integers.t().contiguous() if len(shape) == 2 else integers)
+            real = torch.randn(shape) / np.prod(shape[1:]) ** 0.5
+            q, scales = formats.quantize_int8(real) if weights == "int8" else formats.quantize_int4(real, 16)
+            self.register_buffer(name, q)
             self.register_buffer(f"{name}_scale", scales)
-            self.register_buffer(f"{name}_bias", 0.1 * torch.randn(shape[0], generator=generator))
+            self.register_buffer(f"{name}_bias", 0.1 * torch.randn(shape[0]))
 
-    def arguments(self, name: str, bias: bool = True) -> tuple[Tensor | None, ...]:
-        weight, scale, added = (getattr(self, f"{name}{end}") for end in ("", "_scale", "_bias"))
-        return weight, scale, added if bias else None
-
-    @property
-    def range(self) -> tuple[Tensor, Tensor]:
-        return self.get_buffer("x_scale"), self.get_buffer("x_zero")
-
-
-class Static(Quantised):
-    """With tokens and without (the timestep's layers are [B, K]), with a bias and without."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = Ops.linear_int8(x, *self.arguments("a"), *self.range)
-        y = Ops.linear_int8(y, *self.arguments("b", bias=False), *self.range)
-        y = Ops.linear_int8(y.mean(dim=1), *self.arguments("c"), *self.range)
-        result: Tensor = Ops.linear_int8(y, *self.arguments("d", bias=False), *self.range)
+    def rounded(self, x: Tensor) -> Tensor:
+        if self.activations is None:
+            return x
+        if self.activations == "dynamic":
+            dynamic: Tensor = Ops.quantize_dequantize_dynamic(x, "uint8")
+            return dynamic
+        zero_point = self.x_zero if self.activations == "uint8" else None
+        result: Tensor = Ops.quantize_dequantize(x, self.x_scale, zero_point, self.activations)
         return result
 
+    def stored(self, name: str) -> Tensor:
+        axis = 0 if self.weights == "int8" else 1
+        weight: Tensor = Ops.dequantize(
+            self.get_buffer(name), self.get_buffer(f"{name}_scale"), None, self.weights, axis
+        )
+        return weight
 
-class Dynamic(Quantised):
+    def bias(self, name: str, wanted: bool) -> Tensor | None:
+        return self.get_buffer(f"{name}_bias") if wanted else None
+
+
+class Linear(Quantised):
+    """With tokens and without (the timestep's layers are [B, K]), with a bias and without, two that share an input."""
+
     def forward(self, x: Tensor) -> Tensor:
-        y = Ops.linear_int8_dynamic(x, *self.arguments("a"))
-        y = Ops.linear_int8_dynamic(y, *self.arguments("b", bias=False))
-        y = Ops.linear_int8_dynamic(y.mean(dim=1), *self.arguments("c"))
-        result: Tensor = Ops.linear_int8_dynamic(y, *self.arguments("d", bias=False))
-        return result
+        x = self.rounded(x)
+        y = self.layer(x, "a") + self.layer(x, "e")
+        y = self.layer(self.rounded(y), "b", bias=False)
+        y = self.layer(self.rounded(y.mean(dim=1)), "c")
+        return self.layer(self.rounded(y), "d", bias=False)
+
+    def layer(self, x: Tensor, name: str, bias: bool = True) -> Tensor:
+        return nn.functional.linear(x, self.stored(name), self.bias(name, bias))
 
 
 class Convolved(Quantised):
@@ -163,13 +173,9 @@ class Convolved(Quantised):
         y = self.convolve(y, "c", stride=2, padding=1)
         return self.convolve(y, "d", groups=2)
 
-    def convolve(
-        self, x: Tensor, name: str, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1,
-        bias: bool = True,
-    ) -> Tensor:  # fmt: skip
-        geometry = ([stride] * 2, [padding] * 2, [dilation] * 2, groups)
-        y: Tensor = Ops.conv2d_int8(x, *self.arguments(name, bias), *self.range, *self.range, *geometry)
-        return y
+    def convolve(self, x: Tensor, name: str, *, bias: bool = True, **geometry: int) -> Tensor:
+        y = nn.functional.conv2d(self.rounded(x), self.stored(name), self.bias(name, bias), **geometry)
+        return self.rounded(y)
 
 
 def graph_of(network: nn.Module, x: Tensor) -> fx.GraphModule:
@@ -177,41 +183,96 @@ def graph_of(network: nn.Module, x: Tensor) -> fx.GraphModule:
     return flatten(torch.export.export(network, (x,), dynamic_shapes=({0: batch},)).module(), ["x"])
 
 
-LINEAR = {"a": (48, 32), "b": (32, 48), "c": (48, 32), "d": (8, 48)}
+LINEAR = {"a": (48, 32), "e": (48, 32), "b": (32, 48), "c": (48, 32), "d": (7, 48)}
 CONV = {"a": (8, 4, 3, 3), "b": (8, 8, 3, 3), "c": (8, 8, 3, 3), "d": (6, 4, 1, 1)}
+
+
+def write(graph: fx.GraphModule, path: Path) -> Path:
+    model = to_onnx(graph, ["x"], ["y"])
+    rewrite_for_onnx_runtime(model)
+    onnx_ir.save(model, path)
+    return path
 
 
 @pytest.mark.parametrize(
     ("network", "shape", "fused"),
     [
-        (Static(**LINEAR), (2, 6, 32), {"MatMulIntegerToFloat": 4}),
-        (Dynamic(**LINEAR), (2, 6, 32), {"DynamicQuantizeMatMul": 4}),
-        (Convolved(**CONV), (2, 4, 8, 8), {"QLinearConv": 4}),
+        (Linear("int8", "uint8", **LINEAR), (2, 6, 32), {"MatMulIntegerToFloat": 5, "QuantizeLinear": 4}),
+        (Linear("int8", "int8", **LINEAR), (2, 6, 32), {"MatMulIntegerToFloat": 5, "QuantizeLinear": 4}),
+        (
+            Linear("int8", "dynamic", **LINEAR),
+            (2, 6, 32),
+            {"DynamicQuantizeMatMul": 3, "MatMulIntegerToFloat": 2, "DynamicQuantizeLinear": 1},
+        ),
+        (Linear("int8", None, **LINEAR), (2, 6, 32), {"MatMulNBits": 5}),
+        (Linear("int4", None, **LINEAR), (2, 6, 32), {"MatMulNBits": 5}),
+        (Convolved("int8", "uint8", **CONV), (2, 4, 8, 8), {"QLinearConv": 4}),
+        (Convolved("int8", "int8", **CONV), (2, 4, 8, 8), {"QLinearConv": 4}),
     ],
-    ids=lambda value: type(value).__name__.lower() if isinstance(value, nn.Module) else None,
+    ids=lambda value: (
+        f"{type(value).__name__} {value.weights} {value.activations}" if isinstance(value, nn.Module) else ""
+    ),
 )
-def test_int8_layers_run_in_int8(
+def test_quantised_layers_run_as_promised(
     network: nn.Module, shape: tuple[int, ...], fused: Mapping[str, int], tmp_path: Path
 ) -> None:
     x = torch.randn(shape).clamp(-4, 4)
     graph = graph_of(network, x)
-    onnx_ir.save(to_onnx(graph, ["x"], ["y"]), tmp_path / "engine.onnx")
-    operators = fused_operators(tmp_path / "engine.onnx")
+    path = write(graph, tmp_path / "engine.onnx")
+    operators = fused_operators(path)
     assert {name: count for name, count in operators.items() if name in fused} == fused
     assert not operators.keys() & {"MatMul", "Gemm", "Conv"}  # nothing is left in fp32
     check_fusion("full", graph, operators)
     expected = network(x).numpy()
-    found = OnnxEngine(tmp_path / "engine.onnx").run({"x": x.numpy()})["y"]
+    found = OnnxEngine(path).run({"x": x.numpy()})["y"]
     # A sum that lies on a rounding edge may fall on the other side: then one integer differs by one.
-    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.01
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < (0.01 if network.activations else 1e-5)
 
 
 def test_a_layer_that_would_run_in_fp32_is_not_passed_over() -> None:
-    graph = graph_of(Static(**LINEAR), torch.randn(2, 6, 32))
-    with pytest.raises(EngineError, match=r"engine 'reuse': 4 .*linear_int8.* are promised, ONNX Runtime runs 3 as "):
-        check_fusion("reuse", graph, {"MatMulIntegerToFloat": 3, "MatMul": 1})
+    graph = graph_of(Linear("int8", "uint8", **LINEAR), torch.randn(2, 6, 32))
+    words = r"engine 'reuse': 5 int8 linear layers are promised, ONNX Runtime runs 4 as MatMulIntegerToFloat or "
+    with pytest.raises(EngineError, match=words):
+        check_fusion("reuse", graph, {"MatMulIntegerToFloat": 4, "MatMul": 1})
     with pytest.raises(EngineError, match="runs 0 as"):
         check_fusion("reuse", graph, {"QLinearConv": 4})
+    weights = graph_of(Linear("int4", None, **LINEAR), torch.randn(2, 6, 32))
+    with pytest.raises(
+        EngineError, match="5 linear layers with quantised weights are promised, ONNX Runtime runs 2 as"
+    ):
+        check_fusion("reuse", weights, {"MatMulNBits": 2, "MatMulIntegerToFloat": 3})
+    convolutions = graph_of(Convolved("int8", "uint8", **CONV), torch.randn(2, 4, 8, 8))
+    with pytest.raises(EngineError, match="4 int8 convolutions are promised, ONNX Runtime runs 0 as QLinearConv"):
+        check_fusion("reuse", convolutions, {"Conv": 4})
+
+
+class Unsupported(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("scale", torch.tensor(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor
+        if self.kind == "nvfp4":
+            result = Ops.quantize_dequantize_nvfp4(x, self.scale)
+        elif self.kind == "fp8":
+            result = Ops.quantize_dequantize(x, self.scale, None, "fp8")
+        else:
+            result = Ops.quantize_dequantize_dynamic(x, "int8")
+        return result + 1
+
+
+@pytest.mark.parametrize(("kind", "said"), [("nvfp4", "nvfp4"), ("fp8", "fp8"), ("int8", "int8, by token")])
+def test_what_onnx_runtime_does_not_multiply_in_is_refused_before_anything_is_written(
+    kind: str, said: str, lowered: Lowered, tmp_path: Path
+) -> None:
+    graph = graph_of(Unsupported(kind), torch.randn(2, 32))
+    engines = {"full": replace(lowered.engines["full"], graph=graph)}
+    words = rf"engine 'full': node 'quantize_dequantize\w*' is {said}, which ONNX Runtime does not multiply in"
+    with pytest.raises(EngineError, match=words):
+        export_engines(replace(lowered, engines=engines), tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_full_temporary_disk_is_said(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
