@@ -36,10 +36,9 @@ def batch_size(size: Any, batch: int) -> int:
 
 
 def batch_factor(size: Any) -> int:
-    """k of a symbolic size k * batch (2 where guidance doubles the batch)."""
+    """k of a symbolic size k * batch (2 where guidance doubles it), whichever symbols stand for the batch."""
     expression = size.node.expr
-    factor = expression.as_coeff_Mul()[0] if hasattr(expression, "as_coeff_Mul") else 1
-    return int(factor)
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
 
 
 def initial_slots(program: Program, conditions: Mapping[str, NDArray[Any]], seeds: Sequence[int]) -> dict[str, Tensor]:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from ..runtime.engines import OnnxEngine
 from ..runtime.errors import EngineError, did_you_mean
+from ..runtime.onnx_engine import OnnxEngine
 from .errors import IngestError, RecipeError, ShapeError
 
 Floats = NDArray[np.floating[Any]]

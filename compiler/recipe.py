@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
@@ -27,6 +27,10 @@ class Recipe(BaseModel):
 
     model: str | None = Field(default=None, description="diffusers folder, .pt2, .pt, or package.module:factory")
     target: str = "onnx"
+    precision: Literal["fp32", "fp16", "bf16"] | None = None
+    layout: Literal["auto", "variants", "segments"] = "auto"
+    compute_capability: tuple[str, ...] | None = None
+    profiles: dict[str, tuple[int, int, int]] | None = None
     passes: tuple[str | dict[str, dict[str, Any] | None], ...] = ()
     shape: tuple[int, ...] | None = None
     contract: Path | None = None
@@ -37,6 +41,22 @@ class Recipe(BaseModel):
     eval_samples: int = Field(default=72, ge=0)
     judge: Path | None = None
     gate: str | None = None
+
+    @field_validator("compute_capability", mode="before")
+    @classmethod
+    def _capabilities(cls, value: Any) -> Any:
+        """`compute_capability: 8.9` is a number in YAML; "8.9,12.0" a list on the command line."""
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(","))
+        return tuple(map(str, value if isinstance(value, list | tuple) else (value,))) if value is not None else None
+
+    @field_validator("profiles")
+    @classmethod
+    def _ordered(cls, value: dict[str, tuple[int, int, int]] | None) -> dict[str, tuple[int, int, int]] | None:
+        for name, (least, usual, largest) in (value or {}).items():
+            if not 1 <= least <= usual <= largest:
+                raise ValueError(f"{name}: batches {least}, {usual}, {largest} are not in order, from 1 up")
+        return value
 
     @field_validator("passes", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 
@@ -143,14 +144,21 @@ def call(module: fx.GraphModule, before: fx.Node, target: Any, *args: Any, like:
 
 def fake_result(target: Any, args: Iterable[Any]) -> Any:
     """What `target` returns on the fake values of its arguments; None when a value is unknown."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     values = fx.node.map_arg(tuple(args), lambda node: node.meta.get("val"))
-    fakes = [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
-    mode = next((leaf.fake_mode for leaf in fakes if hasattr(leaf, "fake_mode")), None) or FakeTensorMode()
+    modes = [leaf.fake_mode for leaf in tree_leaves(values) if isinstance(leaf, FakeTensor)]
+    # What was worked out from weights alone has a mode of its own, which knows nothing of the batch.
+    mode = next((each for each in modes if each.shape_env is not None), None) or next(iter(modes), FakeTensorMode())
     mode.allow_non_fake_inputs = True
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, FakeTensor) or value.fake_mode is mode:
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
     with mode:
-        return target(*values)
+        return target(*tree_map(own, values))
 
 
 def change_call(node: fx.Node, target: Any, *args: Any) -> None:

@@ -1,9 +1,10 @@
-"""Program -> engines and script: one whole graph for each distinct row of the plan, and the rows that call them."""
+"""Program -> engines and script: as whole graphs, one for each distinct row of the plan, or as pieces of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -12,9 +13,12 @@ from ..compiler import rewrite
 from ..compiler.execute import batch_factor
 from ..compiler.plan import Mask
 from ..compiler.program import Program
-from ..compiler.rewrite import aten
+from ..compiler.segments import build_segments
 from ..compiler.variants import Variant, build_variant, cache_tables
 from ..runtime.manifest import Call, Dim, Jump, StateSpec
+
+Layout = Literal["variants", "segments"]
+MOST_VARIANTS = 3  # whole graphs that are worth it: where engines share weights, each still packs some for itself
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,80 @@ class Lowered:
     script: tuple[Call | Jump, ...]
     states: Mapping[str, StateSpec]
     tables: Mapping[str, Tensor]
+    layout: Layout = "variants"
 
 
-def lower(program: Program) -> Lowered:
-    """Engines are called "full" (every site computed), "reuse" (none), and "mixed1", ... for the rest."""
-    names = engine_names(program.plan.masks)
-    engines = {name: build_variant(program, mask) for mask, name in names.items()}
-    script = tuple(Call(names[program.plan.mask(step)], step) for step in range(program.steps))
+@dataclass(frozen=True)
+class Choice:
+    """A layout, why in one sentence, and per layout: engines, bytes of weights as stored, engine calls a step."""
+
+    layout: Layout
+    reason: str
+    figures: Mapping[str, Any]
+
+
+def lower(program: Program, layout: Layout = "variants") -> Lowered:
+    """Variants: engines are called "full" (every site computed), "reuse" (none), and "mixed1", ... for the rest.
+
+    Segments: "head", "finish", and between them the sites' names; a step calls several.
+    """
+    engines, calls = _variants(program) if layout == "variants" else _segments(program)
+    script = tuple(Call(name, step) for step in range(program.steps) for name in calls[program.plan.mask(step)])
     tables = {**program.tables, **cache_tables(program)}
     read = {source for engine in engines.values() for kind, source in engine.inputs.values() if kind == "table"}
     states = {slot: spec for engine in engines.values() for slot, spec in _states(engine).items()}
-    return Lowered(engines, script, states, {name: table for name, table in tables.items() if name in read})
+    return Lowered(engines, script, states, {name: table for name, table in tables.items() if name in read}, layout)
+
+
+def choose_layout(program: Program, shares_weights: bool, layout: str = "auto") -> Choice:
+    """The layout that is asked for; for "auto", variants where they are few and share weights, segments otherwise."""
+    names: tuple[Layout, Layout] = ("variants", "segments")
+    figures: dict[str, Any] = {name: _figures(lower(program, name), program.steps, shares_weights) for name in names}
+    count = len(program.plan.masks)
+    wins: Layout = "variants" if count == 1 or (shares_weights and count <= MOST_VARIANTS) else "segments"
+    chosen = next((name for name in names if name == layout), wins)
+    if count == 1:
+        return Choice(chosen, "one engine, because every step computes the same", figures)
+    variants, segments = (_spelled(figures[name]) for name in names)
+    other = f"segments would take {segments}" if chosen == "variants" else f"variants would take {variants}"
+    why = "as asked" if layout != "auto" else _why(count, shares_weights)
+    return Choice(chosen, f"{chosen}, {why}: {variants if chosen == 'variants' else segments}; {other}", figures)
+
+
+def _why(kinds: int, shares_weights: bool) -> str:
+    if not shares_weights:
+        return "because engines of this target each store their own weights"
+    few = f"because {kinds} kinds of steps share one copy of the weights"
+    return (
+        few if kinds <= MOST_VARIANTS else f"because {kinds} kinds of steps are more than {MOST_VARIANTS} whole graphs"
+    )
+
+
+def _spelled(figures: Mapping[str, float]) -> str:
+    engines, calls = int(figures["engines"]), figures["calls_a_step"]
+    made = f"{engines} {'engine' if engines == 1 else 'engines'} of {figures['weight_bytes'] / 1e6:.3g} MB"
+    return f"{made}, {'1 call' if calls == 1 else f'{calls:.3g} calls'} a step"
+
+
+def _figures(lowered: Lowered, steps: int, shares_weights: bool) -> dict[str, float]:
+    """engines; weight_bytes that they store, once where they share; calls_a_step, the mean over steps."""
+    held = [rewrite.weights(engine.graph) for engine in lowered.engines.values()]
+    stored = [{name: value for weights in held for name, value in weights.items()}] if shares_weights else held
+    stored_bytes = sum(value.nbytes for weights in stored for value in weights.values())
+    return {
+        "engines": len(lowered.engines), "weight_bytes": stored_bytes, "calls_a_step": len(lowered.script) / steps
+    }  # fmt: skip
+
+
+def _variants(program: Program) -> tuple[Mapping[str, Variant], Mapping[Mask, tuple[str, ...]]]:
+    names = engine_names(program.plan.masks)
+    engines = {name: build_variant(program, mask) for mask, name in names.items()}
+    return engines, {mask: (name,) for mask, name in names.items()}
+
+
+def _segments(program: Program) -> tuple[Mapping[str, Variant], Mapping[Mask, tuple[str, ...]]]:
+    segments = build_segments(program)
+    return segments.engines, segments.calls
 
 
 def engine_names(masks: tuple[Mask, ...]) -> dict[Mask, str]:
@@ -65,34 +132,6 @@ def state_spec(node: fx.Node) -> StateSpec:
         size if isinstance(size, int) else ("batch", batch_factor(size)) for size in example.shape
     )
     return StateSpec(dims, str(example.dtype).removeprefix("torch."))
-
-
-def transpose_linear_weights(module: fx.GraphModule) -> fx.GraphModule:
-    """linear(x, W [N, K], b) -> matmul(x, W' [K, N]) + b, W' under the weight's own name.
-
-    Runtimes multiply by [K, N]: a transposition left in the graph would be folded at load into a private copy.
-    """
-    module = rewrite.clone(module)
-    readers: dict[str, int] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            readers[str(node.target)] = readers.get(str(node.target), 0) + len(node.users)
-    for node in list(module.graph.nodes):
-        if not rewrite.is_call(node, aten.linear.default):
-            continue
-        x, weight, *rest = node.args
-        assert isinstance(weight, fx.Node)
-        path = str(weight.target)
-        if weight.op != "get_attr" or readers[path] > 1:
-            continue
-        transposed = rewrite.attribute(module, path).detach().t().contiguous()
-        rewrite.assign(module, path, transposed)
-        weight.meta["val"] = transposed
-        product = rewrite.call(module, node, aten.matmul.default, x, weight, like=node)
-        if rest and rest[0] is not None:
-            product = rewrite.call(module, node, aten.add.Tensor, product, rest[0], like=node)
-        node.replace_all_uses_with(product)
-    return rewrite.finish(module)
 
 
 def dynamic_shapes(module: fx.GraphModule, max_batch: int) -> tuple[dict[int, torch.export.Dim] | None, ...]:

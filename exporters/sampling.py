@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from ..compiler.errors import UnsupportedError
 from ..runtime import RequestError, Timing, load
 from ..runtime.manifest import Contract
-from ..runtime.request import Label, read_conditions
+from ..runtime.request import as_labels, read_conditions
 from .report import can_draw, save_grid
 
 
@@ -38,7 +38,8 @@ def generate_file(
             _check_drawable(contract, output)
         size = max((len(each) for each in given.values() if each.ndim), default=max(count, len(labels or ())))
         labels = [labels[i % len(labels)] for i in range(max(size, len(labels)))] if labels else None
-        given = read_conditions(contract, _as_labels(contract, labels), _completed(contract, given, labels, size))
+        known = as_labels(contract, labels) if labels else None
+        given = read_conditions(contract, known, _completed(contract, given, labels, size))
         parts, timings = [], []
         for start in range(0, max(size, 1), contract.batch.max):
             stop = min(start + contract.batch.max, size)
@@ -53,8 +54,9 @@ def generate_file(
             np.save(output, samples)
         else:
             save_grid(output, session.images(samples), columns)
-    total, engines, calls = (sum(getattr(each, name) for each in timings) for name in ("total_s", "engines_s", "calls"))
-    return Timing(total, engines, calls, timings[0].steps)
+    names = ("total_s", "engines_s", "calls", "copied_bytes")
+    total, engines, calls, copied = (sum(getattr(each, name) for each in timings) for name in names)
+    return Timing(total, engines, calls, timings[0].steps, copied)
 
 
 def _teller(
@@ -75,12 +77,6 @@ def _check_drawable(contract: Contract, output: Path) -> None:
         raise RequestError(f"-o {output}: samples of this bundle are {shape}, {needed}; write the numbers to an .npy")
     if why := can_draw():
         raise UnsupportedError(why)
-
-
-def _as_labels(contract: Contract, labels: Sequence[str] | None) -> list[Label] | None:
-    """What looks like a number is one, unless a class has it for a name."""
-    names = {name for condition in contract.conditions for name in condition.labels or ()}
-    return [int(label) if label.isdecimal() and label not in names else label for label in labels] if labels else None
 
 
 def _completed(

@@ -3,7 +3,7 @@
     with load("build") as session:
         images = session.images(session.generate(labels=["A", "B"], seed=7))
 
-Needs numpy, safetensors and the engine's own package, which is imported by `load`; never torch.
+Needs numpy and the engine's own package, which is imported by `load`; never torch.
 """
 
 from .errors import BundleError, DcompileError, EngineError, RequestError

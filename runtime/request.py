@@ -40,6 +40,12 @@ def read_conditions(
     return given
 
 
+def as_labels(contract: Contract, texts: Sequence[str]) -> list[Label]:
+    """Labels as typed: what looks like a number is one, unless a class has it for a name."""
+    names = {name for condition in contract.conditions for name in condition.labels or ()}
+    return [int(text) if text.isdecimal() and text not in names else text for text in texts]
+
+
 def read_seeds(contract: Contract, seed: int | Sequence[int], conditions: Mapping[str, Array]) -> list[int]:
     """One seed a sample: `seed`, `seed` + 1, ..., or the list given, whose length is B where no condition sets it."""
     batch = next((len(values) for values in conditions.values()), None)

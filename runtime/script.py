@@ -21,9 +21,12 @@ class Stage(NamedTuple):
 
 
 class Spent(NamedTuple):
+    """copied_bytes: what engines copied between their own memory and arrays; 0 for those that copy nothing."""
+
     calls: int
     steps: int
     engines_s: float
+    copied_bytes: int
 
 
 def run(
@@ -35,12 +38,16 @@ def run(
     before_step: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> Spent:
-    """Runs the rows on `slots`, in place.
+    """Runs the rows on `slots`, in place; a slot goes when no row that can follow reads it, but for "sample".
+
+    What an engine returned is what the next one gets: no array is copied here.
 
     Args:
         before_step: told the number of steps so far, before the first call of each; may refill slots.
         after_step: told the number of steps so far; a step ends with the call that writes slot "sample".
     """
+    dead = dead_after(script, {name: stage.spec for name, stage in stages.items()})
+    copied = _copied_bytes(stages)
     position = rows = calls = steps = 0
     begun = -1
     engines_s = 0.0
@@ -60,12 +67,41 @@ def run(
         outputs = engine.run(inputs)
         engines_s += perf_counter() - started
         slots.update({target.slot: outputs[name] for name, target in spec.outputs.items()})
+        del inputs, outputs  # or they would keep what is dropped here until the next call returns
+        for slot in dead[position]:
+            slots.pop(slot, None)
         position, calls = position + 1, calls + 1
         if Slot("sample") in spec.outputs.values():
             steps += 1
             if after_step:
                 after_step(steps)
-    return Spent(calls, steps, engines_s)
+    return Spent(calls, steps, engines_s, _copied_bytes(stages) - copied)
+
+
+def dead_after(script: Sequence[Call | Jump], specs: Mapping[str, EngineSpec]) -> list[frozenset[str]]:
+    """Per row, the slots that it reads or writes and that no row after it reads, whichever way its jumps go."""
+    needed: list[frozenset[str]] = [frozenset()] * len(script) + [frozenset({"sample"})]  # by that row and those after
+    dead: list[frozenset[str]] = [frozenset()] * len(script)
+    changed = True
+    while changed:  # once, and once more for each jump back
+        changed = False
+        for index in reversed(range(len(script))):
+            row = script[index]
+            if isinstance(row, Jump):
+                before = needed[index + 1] | needed[row.jump] | {row.slot}
+            else:
+                after, spec = needed[index + 1] | {"sample"}, specs[row.call]
+                written = {target.slot for target in spec.outputs.values()}
+                read = {source.slot for source in spec.inputs.values() if isinstance(source, Slot)}
+                dead[index] = frozenset((written | read) - after)
+                before = (after - written) | read
+            changed = changed or before != needed[index]
+            needed[index] = frozenset(before)
+    return dead
+
+
+def _copied_bytes(stages: Mapping[str, Stage]) -> int:
+    return sum(getattr(stage.engine, "copied_bytes", 0) for stage in stages.values())
 
 
 def _value(source: Slot | Table, row: Call, tables: Mapping[str, Array], slots: Mapping[str, Array]) -> Array:

@@ -9,27 +9,31 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from . import random
-from .engines import ENGINES, Array, check_ports
-from .errors import BundleError, EngineError, RequestError, did_you_mean
+from .backends import open_engine
+from .engines import Array, check_ports
+from .errors import BundleError, RequestError, did_you_mean
 from .images import to_pixels
 from .manifest import Call, Manifest, Table, read
 from .manifest import verify as verify_files
 from .request import Label, read_conditions, read_seeds
 from .script import Stage, run
+from .tensors import read_tensors
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Where the last `generate` spent its time."""
+    """Where the last `generate` spent its time.
+
+    calls: of engines. copied_bytes: what engines copied between their own memory and arrays.
+    """
 
     total_s: float
     engines_s: float
     calls: int
     steps: int
+    copied_bytes: int = 0
 
     @property
     def overhead_frac(self) -> float:
@@ -64,15 +68,12 @@ class Session:
         threads: int | None = None,
         options: Mapping[str, str] | None = None,
     ) -> None:
-        if manifest.target not in ENGINES:
-            hint = did_you_mean(manifest.target, ENGINES)
-            raise EngineError(f"{bundle}: this runtime has no engine for target {manifest.target!r}; {hint}")
         self.manifest = manifest
         self.last_timing: Timing | None = None
         self._tables = _read_tables(bundle, manifest)
         self._stages: dict[str, Stage] = {}
         for name, spec in manifest.engines.items():
-            engine = ENGINES[manifest.target](bundle / spec.file, threads=threads, options=options)
+            engine = open_engine(manifest.target, bundle / spec.file, threads=threads, options=options)
             check_ports(name, engine, manifest, self._tables)
             self._stages[name] = Stage(spec, engine)
 
@@ -122,7 +123,7 @@ class Session:
             before_step=refill if contract.stochastic else None,
             after_step=report if callback else None,
         )
-        self.last_timing = Timing(perf_counter() - started, spent.engines_s, spent.calls, spent.steps)
+        self.last_timing = Timing(perf_counter() - started, **spent._asdict())
         return slots["sample"].astype(np.float32, copy=False)
 
     def images(self, samples: Array) -> NDArray[np.uint8]:
@@ -154,10 +155,7 @@ class Session:
 def _read_tables(bundle: Path, manifest: Manifest) -> dict[str, Array]:
     """The tables, once every row that a call asks for is known to be there."""
     path = bundle / manifest.tables
-    try:
-        tables: dict[str, Array] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"{path}: cannot be read ({error}); copy the bundle again") from error
+    tables = read_tensors(path)
     calls = [(index, row) for index, row in enumerate(manifest.script) if isinstance(row, Call)]
     for name, spec in manifest.engines.items():
         for table in (source.table for source in spec.inputs.values() if isinstance(source, Table)):

@@ -13,7 +13,7 @@ import torch
 from dcompile.compiler import rewrite
 from dcompile.compiler.calibrate import Calibration, calibrate, compare_samples, example_conditions, snapshots
 from dcompile.compiler.errors import PassError
-from dcompile.compiler.execute import initial_slots, run
+from dcompile.compiler.execute import batch_factor, batch_size, initial_slots, run
 from dcompile.compiler.ingest import Source, ingest
 from dcompile.compiler.program import Decision, Program
 from dcompile.passes.cache_steps import CacheSteps
@@ -106,6 +106,17 @@ def test_taps_show_values_of_computed_nodes_only(dit: Program) -> None:
     assert [step for step, name, _ in seen if name == "class_labels"] == list(range(6))
     assert {shape for _, name, shape in seen if name == source.name} == {(2, 16, 128)}  # both halves of guidance
     assert torch.equal(tapped, run(program, conditions, [0]))
+
+
+def test_sizes_are_multiples_of_the_batch_whichever_symbols_stand_for_it() -> None:
+    """U-Nets that ask for their batch export with a symbol for each input: two of them added are twice the batch."""
+    program = ingest(Source("models:unet_condition", sampler="ddim", steps=2, guidance=2.0))
+    sizes = [node.meta["val"] for node in program.graph.graph.nodes if rewrite.is_size(node)]
+    symbols = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
+    assert len(symbols) > 1
+    assert {batch_factor(size) for size in sizes if len(size.node.expr.free_symbols) > 1} == {2}
+    assert {batch_size(size, 3) for size in sizes} == {3, 6}
+    assert batch_size(5, 3) == 5
 
 
 def test_overflow_names_the_step(dit: Program) -> None:

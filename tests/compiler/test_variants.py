@@ -18,10 +18,11 @@ from diffusers.hooks import (
 )
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
+from dcompile.compiler import rewrite
 from dcompile.compiler.calibrate import example_conditions
 from dcompile.compiler.execute import initial_slots, run
 from dcompile.compiler.flops import sample_flops
-from dcompile.compiler.plan import Plan, taylor
+from dcompile.compiler.plan import Plan, Site, taylor
 from dcompile.compiler.program import Decision, Program
 from dcompile.compiler.rewrite import placeholders, weights
 from dcompile.compiler.variants import build_variant, cache_tables, state_slot
@@ -222,6 +223,17 @@ def test_site_that_starts_where_another_ends_takes_its_cached_value(
     left = {name.split(".")[1] for name in weights(variant.graph) if "transformer_blocks" in name}
     lists = ("transformer_blocks", "single_transformer_blocks")
     assert left == {name for name, full in zip(lists, computed, strict=True) if full}
+
+
+def test_a_site_may_be_what_the_step_returns(tokens: Program) -> None:
+    """A step that reuses it returns what an earlier one did."""
+    result = rewrite.output_values(tokens.graph)[0].name
+    computed = (True, False, False, True, True, True)
+    site = Site("result", result, None, computed, *taylor(computed, 0))
+    first, second, third, *_ = trajectory(replace(tokens, plan=Plan(6, (site,))))
+    assert torch.equal(first, trajectory(tokens)[0])
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
 
 
 # ---- oracles ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from dcompile.runtime.engines import Array, Port
 from dcompile.runtime.errors import EngineError
 from dcompile.runtime.manifest import Call, EngineSpec, Jump, Slot, Table
-from dcompile.runtime.script import Stage, run
+from dcompile.runtime.script import Stage, dead_after, run
 
 
 class Arithmetic:
@@ -91,3 +91,89 @@ def test_unwritten_and_unfit_slots_are_named() -> None:
         run([Jump(1, "half", 0.0)], STAGES, TABLES, start())
     with pytest.raises(EngineError, match=r"one float in slot 'sample', found shape \[2\]"):
         run([Jump(1, "sample", 0.0)], STAGES, TABLES, {"sample": np.zeros(2, dtype=np.float32)})
+
+
+# ---- several calls a step ------------------------------------------------------------------------------------------
+
+
+class Adder:
+    """a, [b] -> their sum; keeps what it was given and what it gave."""
+
+    inputs: Mapping[str, Port] = {}
+    outputs: Mapping[str, Port] = {}
+
+    def __init__(self) -> None:
+        self.given: list[dict[str, Array]] = []
+        self.made: list[Array] = []
+        self.copied_bytes = 0
+
+    def run(self, inputs: dict[str, Array], /) -> dict[str, Array]:
+        self.given.append(dict(inputs))
+        self.made.append(np.asarray(sum(inputs.values())))
+        self.copied_bytes += 8
+        return {"y": self.made[-1]}
+
+
+HEAD = EngineSpec("head", {"a": Slot("sample"), "b": Table("steps")}, {"y": Slot("hidden")})
+INNER = EngineSpec("inner", {"a": Slot("hidden"), "b": Slot("kept")}, {"y": Slot("kept")})
+FINISH = EngineSpec("finish", {"a": Slot("hidden"), "b": Slot("kept")}, {"y": Slot("sample")})
+SPECS = {"head": HEAD, "inner": INNER, "finish": FINISH}
+THREE = [Call(name, row) for row in range(3) for name in ("head", "inner", "finish") if name != "inner" or row != 1]
+
+
+def adders() -> tuple[dict[str, Stage], dict[str, Adder]]:
+    engines = {name: Adder() for name in SPECS}
+    return {name: Stage(SPECS[name], engines[name]) for name in SPECS}, engines
+
+
+def test_pieces_of_a_step_hand_on_the_very_arrays() -> None:
+    stages, engines = adders()
+    slots = {**start(), "kept": np.zeros(1, dtype=np.float32)}
+    begun: list[int] = []
+    ended: list[int] = []
+    spent = run(THREE, stages, TABLES, slots, before_step=begun.append, after_step=ended.append)
+    # hidden 1, kept 1, sample 2; hidden 12, sample 13; hidden 113, kept 114, sample 227
+    assert slots["sample"] == 227
+    assert (spent.calls, spent.steps) == (8, 3)
+    assert (begun, ended) == ([0, 1, 2], [1, 2, 3])
+    head, inner, finish = (engines[name] for name in SPECS)
+    assert all(finish.given[step]["a"] is head.made[step] for step in range(3))
+    assert finish.given[0]["b"] is finish.given[1]["b"] is inner.made[0]
+    assert inner.given[1]["b"] is inner.made[0]
+    assert head.given[1]["a"] is finish.made[0]
+
+
+def test_what_engines_copied_is_counted_from_this_run_on() -> None:
+    stages, engines = adders()
+    engines["head"].copied_bytes = 1000  # of runs before
+    slots = {**start(), "kept": np.zeros(1, dtype=np.float32)}
+    assert run(THREE, stages, TABLES, slots).copied_bytes == 8 * 8
+    assert (
+        run([Call("add", 0)], STAGES, TABLES, start()).copied_bytes == 0
+    )  # an engine that does not say copies nothing
+
+
+def test_slots_go_after_their_last_reader() -> None:
+    stages, _ = adders()
+    slots = {**start(), "kept": np.zeros(1, dtype=np.float32), "unread": np.ones(1)}
+    run(THREE, stages, TABLES, slots)
+    assert set(slots) == {"sample", "unread"}  # nothing that the script names is left but the result
+    assert dead_after(THREE, SPECS) == [
+        frozenset(),
+        frozenset(),
+        {"hidden"},
+        frozenset(),
+        {"hidden"},  # and kept is read again at step 2
+        frozenset(),
+        frozenset(),
+        {"hidden", "kept"},
+    ]
+
+
+def test_a_slot_that_some_way_of_a_jump_reads_stays() -> None:
+    forward = [Call("head", 0), Jump(3, "sample", 1.0), Call("inner", 0), Call("finish", 0)]
+    assert dead_after(forward, SPECS) == [frozenset(), frozenset(), frozenset(), {"hidden", "kept"}]
+    back = [*forward, Jump(1, "kept", 1.0)]
+    assert dead_after(back, SPECS)[3] == frozenset()  # the rows after the jump's aim read both
+    leaving = [Call("head", 0), Jump(3, "sample", 1.0), Call("finish", 0)]
+    assert dead_after(leaving, SPECS)[0] == frozenset()
