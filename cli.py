@@ -76,7 +76,30 @@ def build(
     recipe: Annotated[
         Path | None, typer.Option(help="YAML file with any of these options; the command line overrides it.")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="Engine format. (default: onnx)")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="onnx, openvino, trt or aoti; `dcompile targets` says what each can do here. (default: onnx)"
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16, of what is not quantised. (default: the target's)")
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="variants: a whole graph for each kind of step; segments: pieces that share no weight. (default: auto)"
+        ),
+    ] = None,
+    compute_capability: Annotated[
+        str | None, typer.Option(help="GPUs to compile for (trt): 8.9,12.0. (default: all that the formats run on)")
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Batches to optimise for (trt), by name: one=1 or many=1:8:16 (least:usual:largest); repeat."
+        ),
+    ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Sample without the batch, for example 4x32x32. (default: from the config)")
     ] = None,
@@ -119,24 +142,26 @@ def build(
 ) -> None:
     """Compile MODEL into a bundle: engines, the table that says which runs at each step, and a report."""
     from .compiler.ingest import model_name
-    from .exporters import build as builder
+    from .exporters.build import compile_model
+    from .exporters.settings import Settings, default_cache
 
     plan = _recipe(recipe, model=model, target=target, shape=shape, contract=contract, sampler=sampler, steps=steps,
                    guidance=guidance, judge=judge, gate=gate, calibration_samples=calibration_samples,
-                   eval_samples=eval_samples, passes=passes)  # fmt: skip
+                   eval_samples=eval_samples, passes=passes, precision=precision, layout=layout,
+                   compute_capability=compute_capability, profiles=_profiles(profile))  # fmt: skip
     if plan.model is None:
         raise RequestError("no model: give a folder, a file or package.module:factory, or `model:` in the recipe")
     output = output or Path("build") / model_name(plan.model)
-    cache = None if no_cache else cache_dir or builder.default_cache()
+    cache = None if no_cache else cache_dir or default_cache()
     with _listener(quiet) as listener:
-        settings = builder.Settings(trust_pickle, force, cache, threads, not no_eval, listener)
+        settings = Settings(trust_pickle, force, cache, threads, not no_eval, listener)
         if dry_run:
             from .exporters.explain import plan_tree
 
             tree = plan_tree(plan.model, output, plan, settings)
         else:
             try:
-                built = builder.compile_model(plan.model, output, plan, settings)
+                built = compile_model(plan.model, output, plan, settings)
             except KeyboardInterrupt:
                 kept = ", and the same command goes on after the last finished pass" if cache else ""
                 err.print(f"interrupted: nothing was written{kept}", highlight=False, soft_wrap=True)
@@ -147,6 +172,9 @@ def build(
     from .exporters.report import can_draw, terminal_table
 
     out.print(terminal_table(dict(built.report)))
+    if not_executed := built.report["not_executed"]:
+        _lines(note=not_executed)
+    _lines(layout=built.report["layout"]["reason"])
     page = built.bundle / "report.html"
     _lines(
         bundle=built.bundle,
@@ -252,6 +280,15 @@ def report(
 
 
 @app.command()
+def targets() -> None:
+    """List the targets: what is installed, what runs on this machine, and which number formats each takes."""
+    from .exporters.explain_targets import formats_table, targets_table
+
+    out.print(targets_table())
+    out.print(formats_table())
+
+
+@app.command()
 def passes() -> None:
     """List the passes with their options and defaults."""
     from .exporters.explain import passes_table
@@ -276,6 +313,20 @@ def _recipe(path: Path | None, **given: Any) -> Any:
     return parse_recipe(
         {**base, **{key: value for key, value in given.items() if value is not None}}, str(path or "command line")
     )
+
+
+def _profiles(given: list[str] | None) -> dict[str, tuple[int, ...]] | None:
+    """one=4 -> (4, 4, 4); many=1:8:16 -> (1, 8, 16)."""
+    if not given:
+        return None
+    found = {}
+    for text in given:
+        name, _, sizes = text.partition("=")
+        numbers = sizes.split(":")
+        if not name or not all(number.isdigit() for number in numbers) or len(numbers) not in (1, 3):
+            raise RequestError(f"--profile {text!r}: write name=batch, or name=least:usual:largest, as in many=1:8:16")
+        found[name] = tuple(map(int, numbers * 3 if len(numbers) == 1 else numbers))
+    return found
 
 
 def _shape(text: str | None) -> tuple[int, ...] | None:

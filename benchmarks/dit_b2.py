@@ -46,7 +46,7 @@ def network() -> torch.nn.Module:
 def compile_here(output: str, passes: str, threads: int) -> None:
     """Run in a fresh process: compile, and print seconds and peak bytes."""
     import dcompile
-    from dcompile.exporters.build import Settings
+    from dcompile.exporters.settings import Settings
 
     torch.set_num_threads(threads)
     recipe = dcompile.Recipe(

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import dcompile
 from dcompile.exporters.bench import bench
-from dcompile.exporters.build import BENCH_BATCH, Settings, default_cache
+from dcompile.exporters.figures import BENCH_BATCH
+from dcompile.exporters.settings import Settings, default_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,17 @@ from safetensors.torch import save
 
 from ..compiler.program import Program
 from ..runtime.errors import BundleError
-from ..runtime.manifest import FILE, EngineSpec, FileSpec, Manifest, Slot, Table, read, verify, write
+from ..runtime.manifest import FILE, Batch, Contract, EngineSpec, FileSpec, Manifest, Slot, Table, read, verify, write
 from ..runtime.version import __version__
 from .lower import Lowered
+from .target import Written
 
 TABLES_FILE = "tables.safetensors"
 RECIPE_FILE = "recipe.yaml"
 # Measured on this very bundle, so written after the manifest; nothing that runs reads them.
 REPORT_FILES = ("report.json", "report.html")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers")
+_TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "diffusers")
 
 
 def check_output(output: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
@@ -78,12 +80,9 @@ def remove_leftovers(output: Path) -> None:
 
 
 def write_bundle(
-    program: Program, lowered: Lowered, files: Mapping[str, str], target: str, recipe: Mapping[str, Any], folder: Path
+    program: Program, lowered: Lowered, written: Written, target: str, recipe: Mapping[str, Any], folder: Path
 ) -> Manifest:
-    """Tables, recipe and manifest beside the engines that are in `folder` already.
-
-    files: engine name -> path in the bundle.
-    """
+    """Tables, recipe and manifest beside the engines that are in `folder` already."""
     (folder / TABLES_FILE).write_bytes(save({name: table.contiguous() for name, table in lowered.tables.items()}))
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
     manifest = Manifest(
@@ -91,11 +90,11 @@ def write_bundle(
         name=program.name,
         target=target,
         tools=tool_versions(),
-        contract=program.contract,
+        contract=_contract(program, written),
         states=lowered.states,
         engines={
             name: EngineSpec(
-                file=files[name],
+                file=written.files[name],
                 inputs={
                     port: Table(source) if kind == "table" else Slot(source)
                     for port, (kind, source) in engine.inputs.items()
@@ -112,6 +111,13 @@ def write_bundle(
     )
     write(manifest, folder / FILE)
     return manifest
+
+
+def _contract(program: Program, written: Written) -> Contract:
+    if written.batch is None:
+        return program.contract
+    least, largest = written.batch
+    return replace(program.contract, batch=Batch(least, largest))
 
 
 def tool_versions() -> dict[str, str]:

@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..compiler.calibrate import example_conditions
+from ..compiler.execute import run
+from ..compiler.program import Program
 from ..runtime import load
+from ..runtime.manifest import Contract
 
 _BATCH = 24
 
@@ -20,7 +23,7 @@ def sample(bundle: Path, count: int, threads: int | None, progress: Callable[[fl
     parts = []
     with load(bundle, threads=threads) as session:
         contract = session.manifest.contract
-        conditions = eval_conditions(bundle, count)
+        conditions = eval_conditions(contract, count)
         size = min(_BATCH, contract.batch.max)
         for start in range(0, count, size):
             stop = min(start + size, count)
@@ -30,11 +33,20 @@ def sample(bundle: Path, count: int, threads: int | None, progress: Callable[[fl
     return np.concatenate(parts)
 
 
-def eval_conditions(bundle: Path, count: int) -> dict[str, NDArray[Any]]:
-    """Labels 0, 1, ... in turn; noise for conditions that are no labels."""
-    from ..runtime.manifest import read
+def sample_program(program: Program, count: int, progress: Callable[[float], None]) -> NDArray[np.float32]:
+    """The same requests, answered by the program in PyTorch."""
+    conditions = eval_conditions(program.contract, count)
+    parts = []
+    for start in range(0, count, _BATCH):
+        stop = min(start + _BATCH, count)
+        given = {name: values[start:stop] for name, values in conditions.items()}
+        parts.append(run(program, given, list(range(start, stop))).numpy())
+        progress(stop / count)
+    return np.concatenate(parts)
 
-    contract = read(bundle).contract
+
+def eval_conditions(contract: Contract, count: int) -> dict[str, NDArray[Any]]:
+    """Labels 0, 1, ... in turn; noise for conditions that are no labels."""
     conditions = example_conditions(contract, count)
     for condition in contract.conditions:
         if condition.classes is not None:
@@ -42,11 +54,9 @@ def eval_conditions(bundle: Path, count: int) -> dict[str, NDArray[Any]]:
     return conditions
 
 
-def eval_labels(bundle: Path, count: int) -> NDArray[np.int64] | None:
+def eval_labels(contract: Contract, count: int) -> NDArray[np.int64] | None:
     """The labels of `sample`, where the model has classes."""
-    from ..runtime.manifest import read
-
-    for condition in read(bundle).contract.conditions:
+    for condition in contract.conditions:
         if condition.classes is not None:
             return np.arange(count) % condition.classes
     return None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.tree import Tree
 
 from ..compiler.errors import PassError
@@ -23,10 +23,11 @@ from ..compiler.recipe import Recipe, options_of
 from ..compiler.regions import Region
 from ..compiler.rewrite import attribute
 from ..passes import PASSES, SHORT_NAMES
-from ..runtime.manifest import Call, Contract, read, verify
-from .build import Settings, check_recipe, inputs_of, source_of
+from ..runtime.manifest import Call, Contract, Manifest, Slot, read, verify
+from .build import check_recipe, inputs_of, source_of
 from .bundle import check_output
 from .report import human
+from .settings import Settings
 
 
 def model_tree(
@@ -79,7 +80,8 @@ def _size(parameters: int, flops: float) -> str:
 
 def plan_tree(model: str, output: Path, recipe: Recipe, settings: Settings) -> Tree:
     """What a build would do, after all of its checks: the model as read, and each pass with all of its options."""
-    passes, gates, judge = check_recipe(recipe, settings)
+    checked = check_recipe(recipe, settings)
+    passes = checked.passes
     check_output(output, settings.force, inputs_of(model, recipe))
     program = ingest(source_of(model, recipe, settings))
     tree = Tree(f"[bold]{escape(model)}[/bold] -> {escape(str(output))}  (dry run: nothing is measured or written)")
@@ -94,9 +96,10 @@ def plan_tree(model: str, output: Path, recipe: Recipe, settings: Settings) -> T
         f"{recipe.eval_samples} samples and a timing against the uncompressed model" if settings.evaluate else "nothing"
     )
     tree.add(f"calibration on {recipe.calibration_samples} samples; evaluation: {measured}")
-    limits = ", ".join(f"{gate.metric}{gate.op}{gate.limit:g}" for gate in gates)
-    tree.add(f"judge {recipe.judge if judge else 'none'}; gates: {limits or 'none'}")
-    tree.add(f"target {recipe.target}; kept results in {settings.cache or 'nowhere'}")
+    limits = ", ".join(f"{gate.metric}{gate.op}{gate.limit:g}" for gate in checked.gates)
+    tree.add(f"judge {recipe.judge if checked.judge else 'none'}; gates: {limits or 'none'}")
+    made = f"target {recipe.target}, {checked.options.precision}, layout {recipe.layout}"
+    tree.add(f"{made}; kept results in {settings.cache or 'nowhere'}")
     return tree
 
 
@@ -126,11 +129,10 @@ def bundle_tree(path: Path, check: bool) -> Tree:
     for name, engine in manifest.engines.items():
         size = human(manifest.files[engine.file].bytes, "bytes")
         engines.add(f"{name}  {calls.count(name)} calls  [dim]{engine.file}, {size}[/dim]")
-    tree.add(
-        "script  "
-        + " ".join(name[0].upper() if name == "full" else name[0] for name in calls)
-        + "  [dim](F full, r reuse, m mixed)[/dim]"
-    )
+    kinds = _kinds_of_steps(manifest)
+    script = tree.add(f"script ({sum(map(len, kinds.values()))} steps)")
+    for engine_names, steps in kinds.items():
+        script.add(f"{len(steps)} x {' + '.join(engine_names)}  [dim]steps {_ranges(steps)}[/dim]")
     files = tree.add("files" + (" (all match their checksums)" if check else ""))
     for name, file in manifest.files.items():
         files.add(f"{name}  {human(file.bytes, 'bytes')}")
@@ -138,8 +140,33 @@ def bundle_tree(path: Path, check: bool) -> Tree:
     return tree
 
 
+def _kinds_of_steps(manifest: Manifest) -> dict[tuple[str, ...], list[int]]:
+    """The calls that make up a step -> the steps that make these calls. A step ends where the sample is written."""
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    step: list[str] = []
+    for row in manifest.script:
+        if isinstance(row, Call):
+            step.append(row.call)
+            if Slot("sample") in manifest.engines[row.call].outputs.values():
+                kinds.setdefault(tuple(step), []).append(sum(map(len, kinds.values())))
+                step = []
+    return kinds
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
 def bench_table(found: Mapping[str, Any]) -> Table:
-    table = Table("bundle", "latency", "a step", "samples/s", "speed-up", "cold load", "peak memory", "on disk")
+    bundle = Column("bundle", overflow="fold")
+    table = Table(bundle, "latency", "a step", "samples/s", "speed-up", "cold load", "peak memory", "on disk")
     for name, row in found["bundles"].items():
         least, most = human(row["latency_min_s"], "s"), human(row["latency_max_s"], "s")
         table.add_row(

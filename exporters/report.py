@@ -112,6 +112,9 @@ def render_html(
         parity=[_parity(each) for each in plain.get("parity") or []],
         operators=[_operators(*each) for each in (plain.get("operators") or {}).items()],
         memory=_memory(plain.get("memory") or {}),
+        layout=(plain.get("layout") or {}).get("reason"),
+        not_executed=plain.get("not_executed"),
+        regions=list((plain.get("regions") or {}).items()),
         recipe=_yaml(plain["recipe"]) if plain.get("recipe") else None,
         environment=[
             (title, [(str(key), compact(value)) for key, value in (plain.get(part) or {}).items()])

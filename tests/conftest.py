@@ -169,7 +169,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import models
 
     from dcompile.compiler.recipe import Recipe
-    from dcompile.exporters.build import Settings, compile_model
+    from dcompile.exporters.build import compile_model
+    from dcompile.exporters.settings import Settings
 
     folder = tmp_path_factory.mktemp("built")
     labels = json.dumps([f"class {number}" for number in range(10)])
@@ -183,6 +184,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     settings = Settings(cache=folder / "cache", threads=1)
     return compile_model(str(folder / "model"), folder / "bundle", recipe, settings).bundle
+
+
+@pytest.fixture(scope="session")
+def glyphs_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example model, cached and folded, in float32: 30 steps of two engines. Tests that write to it take a copy."""
+    from dcompile.compiler.recipe import Recipe
+    from dcompile.exporters.build import compile_model
+    from dcompile.exporters.settings import Settings
+
+    model = Path(__file__).parents[1] / "examples" / "glyphs" / "model"
+    recipe = Recipe(passes=("cache:interval=4,fold",), calibration_samples=2)
+    settings = Settings(evaluate=False, threads=1)
+    return compile_model(str(model), tmp_path_factory.mktemp("glyphs") / "bundle", recipe, settings).bundle
 
 
 @pytest.fixture

@@ -20,7 +20,10 @@ from dcompile.compiler.pipeline import run_passes
 from dcompile.compiler.probe_scheduler import make_scheduler
 from dcompile.compiler.program import Program
 from dcompile.compiler.store import Store
-from dcompile.exporters.build import Settings, export
+from dcompile.exporters.export import export
+from dcompile.exporters.settings import Settings
+from dcompile.exporters.target import TargetOptions
+from dcompile.exporters.targets import find_target
 from dcompile.passes.cache_steps import CacheSteps
 from dcompile.passes.quantize import Quantize
 from dcompile.runtime import load
@@ -118,7 +121,9 @@ def test_a_bundle_gives_what_diffusers_gives(name: str, tmp_path: Path) -> None:
     architecture, case = ARCHITECTURES[name], CASES[name]
     source = Source(architecture.spec, architecture.shape, None, architecture.sampler, STEPS, case.guidance)
     program = ingest(source)
-    parity, _ = export(program, "onnx", {"passes": []}, tmp_path, Settings(threads=1))
+    parity = export(
+        program, find_target("onnx"), TargetOptions(threads=1), "auto", {"passes": []}, tmp_path, Settings()
+    ).parity
     conditions, seeds = random_conditions(program, 3), [11, 12, 13]
     expected = sampled_by_diffusers(
         name, program, {k: torch.from_numpy(v) for k, v in conditions.items()}, seeds
@@ -153,7 +158,8 @@ def test_caching_and_int8_on_a_unet_stay_near_the_original(unet: Program, tmp_pa
     passes = (CacheSteps(interval=2, warmup=1), Quantize(max_error=0.1, min_share=0.01))
     program, stages = run_passes(unet, passes, 2, Store(None))
     assert all(stage.changed for stage in stages)
-    _, operators = export(program, "onnx", {"passes": []}, tmp_path, Settings(threads=1))
+    exported = export(program, find_target("onnx"), TargetOptions(), "auto", {"passes": []}, tmp_path, Settings())
+    operators = exported.written.kernels
     assert operators["full"]["QLinearConv"] > operators["reuse"]["QLinearConv"] > 0
     conditions, seeds = {"class_labels": np.array([2, 9, 4])}, [1, 2, 3]
     expected = run(unet, conditions, seeds).numpy()

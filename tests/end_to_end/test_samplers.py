@@ -11,7 +11,10 @@ from models import TOKENS_CONTRACT
 from dcompile.compiler.execute import run
 from dcompile.compiler.ingest import Source, ingest
 from dcompile.compiler.program import Decision
-from dcompile.exporters.build import Settings, export
+from dcompile.exporters.export import export
+from dcompile.exporters.settings import Settings
+from dcompile.exporters.target import TargetOptions
+from dcompile.exporters.targets import find_target
 from dcompile.passes.cache_steps import CacheSteps
 from dcompile.runtime import load
 
@@ -26,7 +29,9 @@ def test_rings_and_noise_survive_the_way_into_a_bundle(
     (tmp_path / "contract.yaml").write_text(TOKENS_CONTRACT)
     source = Source("models:tokens", contract=tmp_path / "contract.yaml", sampler=sampler, steps=5)
     program = CacheSteps(interval=3, warmup=1, predictor="copy").apply(ingest(source), Decision()).program
-    export(program, "onnx", {"passes": []}, tmp_path / "bundle", Settings(threads=1))
+    export(
+        program, find_target("onnx"), TargetOptions(threads=1), "auto", {"passes": []}, tmp_path / "bundle", Settings()
+    )
     seeds = [5, 6, 7]
     expected = run(program, {}, seeds).numpy()
     with load(tmp_path / "bundle", threads=1) as session:

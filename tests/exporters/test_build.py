@@ -22,10 +22,14 @@ from dcompile.compiler.errors import GateError, RecipeError
 from dcompile.compiler.program import Program
 from dcompile.compiler.recipe import Recipe
 from dcompile.exporters import build as builder
-from dcompile.exporters.build import Settings, baseline_bundle, check_recipe, compile_model
+from dcompile.exporters.build import check_recipe, compile_model
 from dcompile.exporters.bundle import is_whole, written_aside
+from dcompile.exporters.export import baseline_bundle
 from dcompile.exporters.lower import Lowered
 from dcompile.exporters.onnx import export_engines
+from dcompile.exporters.settings import Settings
+from dcompile.exporters.target import TargetOptions
+from dcompile.exporters.targets import find_target
 from dcompile.runtime import BundleError
 from dcompile.runtime.manifest import read
 
@@ -124,9 +128,9 @@ def test_a_folder_that_is_no_bundle_is_refused_before_any_work(
 
 
 def test_speed_gates_need_neither_samples_nor_judge() -> None:
-    _, gates, judge = check_recipe(Recipe(gate="speedup>=1,size_ratio<=0.5", eval_samples=0), Settings())
-    assert [gate.metric for gate in gates] == ["speedup", "size_ratio"]
-    assert judge is None
+    checked = check_recipe(Recipe(gate="speedup>=1,size_ratio<=0.5", eval_samples=0), Settings())
+    assert [gate.metric for gate in checked.gates] == ["speedup", "size_ratio"]
+    assert checked.judge is None
     with pytest.raises(RecipeError, match="no such target"):
         check_recipe(Recipe(target="none"), Settings())
 
@@ -168,7 +172,7 @@ def test_a_gate_that_is_not_met_keeps_the_report_and_writes_no_bundle(tokens_con
     assert told.stages == [
         "reading models:tokens",
         "pass 1 of 1: cache_steps",
-        "exporting for onnx",
+        "exporting for onnx, layout variants",
         "comparing engines with the program",
         "exporting the uncompressed model, to compare with",
         "sampling, to compare quality",
@@ -184,7 +188,7 @@ def test_the_baseline_is_kept_until_it_is_damaged(tokens: Program, tmp_path: Pat
     for damage in (False, False, True):
         if damage:
             (kept[0] / "engines/weights.bin").write_bytes(b"")
-        with baseline_bundle(tokens, "onnx", tmp_path / "out", settings) as folder:
+        with baseline_bundle(tokens, find_target("onnx"), TargetOptions(), tmp_path / "out", settings) as folder:
             assert is_whole(folder)
             kept.append(folder)
     assert len(set(kept)) == 1

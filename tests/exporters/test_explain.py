@@ -13,8 +13,8 @@ from dcompile.compiler.errors import RecipeError
 from dcompile.compiler.program import Program
 from dcompile.compiler.recipe import Recipe
 from dcompile.exporters import explain
-from dcompile.exporters.build import Settings
 from dcompile.exporters.explain import bench_table, bundle_tree, passes_table, plan_tree, program_tree
+from dcompile.exporters.settings import Settings
 from dcompile.passes import PASSES, SHORT_NAMES
 from dcompile.runtime import BundleError
 
@@ -57,7 +57,7 @@ def test_a_plan_shows_passes_with_all_options_and_which_steps_are_full(
     assert "1 site (transformer_blocks_1_2); full steps: [0, 1, 3, 5]" in shown
     assert "fold_timestep" in shown
     assert "judge none; gates: psnr>=20" in shown
-    assert "target onnx; kept results in /kept" in shown
+    assert "target onnx, fp32, layout auto; kept results in /kept" in shown
 
 
 def test_a_plan_is_refused_where_a_build_would_be(tmp_path: Path) -> None:
@@ -80,7 +80,9 @@ def test_a_bundle_is_its_engines_its_script_and_its_files(built: Path) -> None:
     assert shown[0].startswith("built0  target onnx, ")
     assert "engines (4 calls a sample)" in shown
     assert any(line.startswith("full  2 calls  engines/full.onnx, ") for line in shown)
-    assert any(line.startswith("script  F r F r") for line in shown)
+    assert "script (4 steps)" in shown
+    assert "2 x full  steps 0, 2" in shown
+    assert "2 x reuse  steps 1, 3" in shown
     assert "files (all match their checksums)" in shown
     assert any(line.startswith("made with torch ") for line in shown)
 
@@ -95,7 +97,7 @@ def test_only_a_check_reads_the_files(built: Path, tmp_path: Path) -> None:
 
 def test_passes_are_listed_with_their_defaults() -> None:
     shown = "\n".join(lines(passes_table()))
-    for name in (*PASSES, *SHORT_NAMES, "interval=3", "method='greedy'", "activations='static'"):
+    for name in (*PASSES, *SHORT_NAMES, "interval=3", "method='greedy'", "format='int8'"):
         assert name in shown
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dcompile.runtime import load
-from dcompile.runtime.engines import OnnxEngine
 from dcompile.runtime.errors import EngineError
 from dcompile.runtime.manifest import SampleSpec, Slot, StateSpec
+from dcompile.runtime.onnx_engine import OnnxEngine
 
 Build = Callable[..., Any]
 
