@@ -18,9 +18,14 @@ TITLES = {"glyphs": "Glyph DiT (6.4 M, 12 blocks)", "glyphs_unet": "Glyph U-Net 
 
 
 def figures() -> str:
-    """Markdown: one table for the example models, one for the DiT-B/2-sized model."""
-    glyphs = json.loads((RESULTS / "glyphs.json").read_text())
-    return "\n".join([*_glyphs(glyphs), "", *_dit_b2(json.loads((RESULTS / "dit_b2.json").read_text()))])
+    """Markdown: the example models, the DiT-B/2-sized model, both on every target, and the two layouts."""
+    sections = {"glyphs": _glyphs, "dit_b2": _dit_b2, "targets": _targets, "layouts": _layouts}
+    lines: list[str] = []
+    for name, section in sections.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():  # what has not been measured yet is not shown
+            lines += [*section(json.loads(path.read_text())), ""]
+    return "\n".join(lines[:-1])
 
 
 def _glyphs(results: dict[str, Any]) -> list[str]:
@@ -69,6 +74,83 @@ def _dit_b2(found: dict[str, Any]) -> list[str]:
         f"Time outside the engines: {100 * found['overhead_frac']:.2f} %. Compiled in {found['compile_s']:.0f} s with "
         f"a peak of {found['compile_peak_bytes'] / gib:.2f} GiB, for {found['weight_bytes'] / gib:.2f} GiB of weights.",
     ]
+
+
+_PEERS = {
+    "eager_fp32": "PyTorch eager fp32",
+    "eager_bf16": "PyTorch eager bf16",
+    "compile_fp32": "torch.compile fp32",
+    "compile_bf16": "torch.compile bf16",
+    "openvino_bf16": "OpenVINO bf16",
+}
+_MODELS = {"glyphs": "Glyph DiT", "dit_b2": "DiT-B/2-sized model"}
+
+
+def _targets(results: dict[str, Any]) -> list[str]:
+    lines = ["Every target that runs on a CPU, and other tools in the same run (`python benchmarks/targets.py`):", ""]
+    for name, found in results.items():
+        rows = found["rows"]
+        best = rows[found["best_peer"]]["latency_s"]
+        has_quality = any("accuracy" in row for row in rows.values())
+        lines += [
+            f"**{_MODELS[name]}**, batch {found['batch']}, {found['steps']} steps; cache + int8 is `{found['passes']}`",
+            "",
+            "| | a request | over the best other tool | memory | on disk |" + (" accuracy |" if has_quality else ""),
+            "|---|---:|---:|---:|---:|" + ("---:|" if has_quality else ""),
+        ]
+        for title, row in rows.items():
+            cells = [
+                _target_title(title, row),
+                _seconds(row["latency_s"]),
+                f"{best / row['latency_s']:.2f}×",
+                _megabytes(row["pss_bytes"]),
+                _megabytes(row["bytes"]) if "bytes" in row else "",
+            ]
+            if has_quality:
+                cells.append(_percent(row["accuracy"]) if "accuracy" in row else "")
+            is_best = title == found["best"]
+            lines.append("| " + " | ".join(f"**{cell}**" if is_best and cell else cell for cell in cells) + " |")
+        lines.append("")
+    return lines[:-1]
+
+
+def _target_title(title: str, row: dict[str, Any]) -> str:
+    if title in _PEERS:
+        return _PEERS[title]
+    target, _, recipe = title.partition(" ")
+    return f"`{target}` {recipe or 'uncompressed'}, rest {row['precision']}"
+
+
+_PLANS = {
+    "range": "blocks 1 to 11, every 5th step",
+    "branch": "each branch, every 3rd step",
+    "types": "attention every 2nd, feed-forward every 3rd step",
+}
+
+
+def _layouts(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"The two layouts of the DiT-B/2-sized model in fp32, {found['steps']} steps, batch {found['batch']}, on ONNX "
+        "Runtime (`python benchmarks/layouts.py`):",
+        "",
+        "| computed | layout | engines | calls a step | a request | memory | weights, stored once | by each engine |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, plan in found["plans"].items():
+        for layout in ("variants", "segments"):
+            row = plan[layout]
+            cells = [
+                _PLANS[name] if layout == "variants" else "",
+                layout,
+                f"{row['engines']:.0f}",
+                f"{row['calls_a_step']:.3g}",
+                _seconds(row["latency_s"]),
+                _megabytes(row["pss_bytes"]),
+                _megabytes(row["weight_bytes"]),
+                _megabytes(row["weight_bytes_if_embedded"]),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _seconds(value: float) -> str:
