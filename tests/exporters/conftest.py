@@ -13,6 +13,7 @@ from dcompile.compiler.program import Decision, Program
 from dcompile.exporters.bundle import write_bundle
 from dcompile.exporters.lower import Lowered, lower
 from dcompile.exporters.onnx import export_engines
+from dcompile.exporters.target import Written
 from dcompile.passes.cache_steps import CacheSteps
 
 FILES = {"full": "engines/full.onnx", "reuse": "engines/reuse.onnx"}
@@ -54,5 +55,5 @@ def exported(lowered: Lowered, tmp_path_factory: pytest.TempPathFactory) -> Path
 def tokens_bundle(cached: Program, lowered: Lowered, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole bundle of `exported`, but for a report."""
     folder = shutil.copytree(exported, tmp_path_factory.mktemp("bundle") / "tokens")
-    write_bundle(cached, lowered, FILES, "onnx", {"passes": ["cache"], "name": "grün"}, folder)
+    write_bundle(cached, lowered, Written(FILES, {}, {}), "onnx", {"passes": ["cache"], "name": "grün"}, folder)
     return folder
