@@ -179,7 +179,7 @@ def test_what_a_build_prints_is_what_to_do_next(
     assert stages == [
         "reading models:tokens",
         "pass 1 of 1: cache_steps",
-        "exporting for onnx",
+        "exporting for onnx, layout variants",
         "comparing engines with the program",
     ]
     done = command("build", "models:tokens", *given, "--steps", 2, "-o", "out", "-q")  # replaces it
