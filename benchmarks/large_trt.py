@@ -2,14 +2,15 @@
 
     python benchmarks/large_trt.py [--layers 38] [--width 4096]
 
-Allowed: 2.2 times the weights plus 1.5 GiB. Writes benchmarks/results/large_trt.json: weights, peak (VmHWM, which counts
-mapped files too), seconds of each stage as the build tells them, and the engine's size.
+Allowed: 2.2 times the weights plus 1.5 GiB. Writes benchmarks/results/large_trt.json: weights, peak (resident, mapped
+files too) after each stage of the build, its seconds, and the engine's size.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import resource
 import subprocess
@@ -39,7 +40,8 @@ class Stack(nn.Module):
         hidden = x + self.time(sigma[:, None] / 1000)[:, None]
         for block in self.blocks:
             hidden = hidden + nn.functional.silu(block(hidden))
-        return hidden
+        result: Tensor = hidden
+        return result
 
 
 def network() -> nn.Module:
@@ -71,7 +73,7 @@ def compile_here(output: str, layers: int, width: int, threads: int) -> None:
     recipe = dcompile.Recipe(target="trt", sampler="flow_euler", steps=1, contract=contract, calibration_samples=1)
     dcompile.compile("large_trt:network", output, recipe, Settings(threads=threads, evaluate=False, listener=Clock()))
     Clock().stage("")
-    pairs = list(zip(stages, stages[1:], strict=False))
+    pairs = list(itertools.pairwise(stages))
     seconds = {title: after[1] - at for (title, at, _), after in pairs}
     peaks = {title: after[2] for (title, _, _), after in pairs}
     print(json.dumps({"seconds": seconds, "peak_bytes_after": peaks, "peak_bytes": peak_bytes()}))

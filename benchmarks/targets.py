@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -88,12 +89,12 @@ def measure(name: str, case: Case, threads: int, repeats: int, samples: int) -> 
     sessions = {title: dcompile.load(folder, verify=False, threads=threads) for title, folder in bundles.items()}
     labels = [i % model.classes for i in range(case.batch)]
     calls: dict[str, Callable[[], object]] = {
-        title: lambda session=session: session.generate(labels=labels, seed=0) for title, session in sessions.items()
+        title: partial(session.generate, labels=labels, seed=0) for title, session in sessions.items()
     }
     for peer in peers.PEERS:
         own = peers.load_model(name)  # bfloat16 changes a network in place
         network = peers.prepare(peer, own, case.batch, threads)
-        calls[peer] = lambda own=own, network=network: peers.request(own, network, case.batch)
+        calls[peer] = partial(peers.request, own, network, case.batch)
     seconds: dict[str, list[float]] = {title: [] for title in calls}
     for turn in range(repeats + 1):  # turn 0 warms up
         for title, call in calls.items():

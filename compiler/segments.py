@@ -14,11 +14,12 @@ from torch import fx
 from . import rewrite
 from .errors import InternalError
 from .execute import batch_factor
-from .partition import Unit, is_carried, is_rounding, partition
+from .partition import partition
 from .plan import Mask
 from .program import Program
 from .rewrite import aten
 from .step_union import Kinds, StepUnion, unite
+from .units import Unit, is_carried, is_rounding
 from .variants import Variant
 
 
@@ -213,7 +214,7 @@ class _Copy:
             return self._size(node)
         if node not in self._inputs:
             return self.graph.node_copy(node, self.value_of)
-        if not is_rounding(node):
+        if not is_rounding(node) or node in self._union.computed:  # what stands in for a site's value is not rounded
             return self._inputs[node]
         # It is rounded where it comes from; again changes nothing, and layers in low precision need it beside them.
         first = node.args[0]

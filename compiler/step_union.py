@@ -75,8 +75,9 @@ def unite(program: Program) -> StepUnion:
     values = {site.value: _alone(module, rewrite.node_named(module, site.value)) for site in program.plan.sites}
     outputs = []
     for slot, node in zip(result_slots(module), rewrite.output_values(module), strict=True):
-        is_site = node in values.values()  # a step that reuses it still has to write it
-        result = rewrite.call(module, rewrite.output_node(module), aten.alias.default, node) if is_site else node
+        # By another name where a step may reuse it, or reads it again: nothing runs after what writes the results.
+        is_read = node in values.values() or len(node.users) > 1
+        result = rewrite.call(module, rewrite.output_node(module), aten.alias.default, node) if is_read else node
         outputs.append((slot, result, every))
     stand_ins: dict[fx.Node, fx.Node] = {}
     computed: dict[fx.Node, Kinds] = {}

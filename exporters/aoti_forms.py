@@ -181,10 +181,8 @@ class _Former:
         bias, *geometry = (*node.args, *(None, [1, 1], [0, 0], [1, 1], 1)[len(node.args) - 2 :])[2:]
         stride, padding, dilation = (_pair(each) for each in geometry[:3])
         path = str(layer.weight.args[0].target)  # type: ignore[union-attr]
-        how = " ".join(f"{a},{b}" for a, b in (stride, padding, dilation))
-        packed = self._packed(
-            node, path, rewrite.attribute(self.module, path), f"qconv {how} {geometry[3]}".replace(" ", ":")
-        )
+        pairs = ":".join(f"{a},{b}" for a, b in (stride, padding, dilation))
+        packed = self._packed(node, path, rewrite.attribute(self.module, path), f"qconv:{pairs}:{geometry[3]}")
         return self._put(
             node, _QCONV, grid.integers, grid.scale, grid.zero, packed, layer.weight.args[1], self._zero(node), bias,
             stride, padding, dilation, geometry[3], 1.0, 0, _dtype(node), "none", [], "",
@@ -345,11 +343,9 @@ def _take_activation(kernel: fx.Node) -> None:
     first = 3 if kernel.target is _PACKED_LINEAR else _RESULT[kernel.target] + 3
     if len(users) != 1 or kernel.args[first] != "none":
         return
-    activations: Mapping[Any, tuple[str, Any]] = {
-        aten.relu.default: ("relu", ""),
-        aten.silu.default: ("swish", ""),
-        aten.gelu.default: ("gelu", users[0].kwargs.get("approximate", "none")),
-    }
+    activations: dict[Any, tuple[str, Any]] = {aten.relu.default: ("relu", ""), aten.silu.default: ("swish", "")}
+    if kernel.target is not _QCONV:  # has no GELU
+        activations[aten.gelu.default] = "gelu", users[0].kwargs.get("approximate", "none")
     if users[0].target not in activations:
         return
     name, kind = activations[users[0].target]

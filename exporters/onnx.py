@@ -42,6 +42,7 @@ from .onnx_forms import (
     type_weights,
 )
 from .onnx_names import name_by_module
+from .onnx_refusal import refusal
 from .onnx_runtime_forms import group_norm, rewrite_for_onnx_runtime
 from .target import Progress, Target, TargetOptions, Written
 
@@ -102,6 +103,7 @@ def to_onnx(
     """One graph as an ONNX model with a dynamic batch.
 
     translations: of our operators into ONNX's. transpose_weights: linear weights lie [K, N], as runtimes multiply.
+    Raises UnsupportedError for an operator that ONNX has not.
     """
     for logger in (
         "torch.onnx._internal.exporter._registration",  # "torchvision is not installed"
@@ -114,16 +116,19 @@ def to_onnx(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own internals
         exported = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes(module, MAX_BATCH))
-        program = torch.onnx.export(
-            exported,
-            dynamo=True,
-            opset_version=OPSET,
-            custom_translation_table=dict(translations),
-            input_names=list(inputs),
-            output_names=list(outputs),
-            optimize=True,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=OPSET,
+                custom_translation_table=dict(translations),
+                input_names=list(inputs),
+                output_names=list(outputs),
+                optimize=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise refusal(error, module) from error
     if program is None:
         raise InternalError("torch.onnx.export returned nothing; please report this with the recipe")
     model: ir.Model = program.model

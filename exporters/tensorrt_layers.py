@@ -28,6 +28,7 @@ _SOURCES_BETWEEN = "\x1f"
 _GROUP = re.compile(r"_myl(\d+)_\d+$")  # kernels that were compiled together; each profile has groups of its own
 _PROFILE = re.compile(r"\[profile (\d+)\]")  # in names of tensors and layers, from the second profile on
 _JSON_PARTS = ("Inputs", "Constants", "Outputs")
+_STORED = ("fp4", "int4", "int8", "fp8")  # FP4 before FP8, in which its scales are
 _DYNAMIC_QUANTIZE = "_Dyna"
 _NO_WORK = ("wait", "signal", "shape_call")
 
@@ -77,14 +78,17 @@ class Layer:
         """(type of the activations, type of the weights, or of the other activation where both factors are).
 
         Beside the factors a fused kernel reads biases, scales and addends, in no fixed order: the weights are the
-        largest constant, and the activations have its type unless no input has. Attention reads q, k and v.
+        constant of the fewest bits, or the largest where all are real numbers, and the activations have its type unless
+        no input has. Attention reads q, k and v.
         """
         if self.kernel == "attention":
             types = [each.type for each in self.inputs]
             common = max(types, key=lambda kind: (types.count(kind), kind), default="none")
             return common, common
         matrices = [each for each in self.constants if _elements(each) > 1]
-        weights = max(matrices or self.inputs[-1:] or self.outputs, key=_elements).type
+        stored = [each.type for each in matrices if each.type in _STORED]
+        largest = max(matrices or self.inputs[-1:] or self.outputs, key=_elements).type
+        weights = min(stored, key=_STORED.index) if stored else largest
         given = [each.type for each in self.inputs] or [weights]
         return (weights if weights in given else given[0]), weights
 

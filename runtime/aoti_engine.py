@@ -15,6 +15,8 @@ Packing turns a weight into the layout that oneDNN's kernels read on this very C
     linear    mkldnn::_reorder_linear_weight(weight)
     qlinear   onednn::qlinear_prepack(weight)
     qconv:STRIDE:PADDING:DILATION:GROUPS, with pairs as 1,1    onednn::qconv_prepack(weight, ...)
+
+`tests/runtime/run_package.cpp` is a C++ program that does all this.
 """
 
 import json

@@ -20,7 +20,7 @@ import numpy as np
 
 from .engines import Array
 from .errors import BundleError, DcompileError, did_you_mean
-from .manifest import Call, Contract, Manifest, read, verify
+from .manifest import Call, Contract, Manifest, Slot, read, verify
 from .session import Session, Timing
 
 
@@ -57,8 +57,13 @@ def restricted(manifest: Manifest, engine: str) -> Manifest:
     """The same bundle with one engine and the calls of it: for memory, its samples mean nothing."""
     if engine not in manifest.engines:
         raise BundleError(f"no engine is called {engine!r}; {did_you_mean(engine, manifest.engines)}")
+    spec = manifest.engines[engine]
+    there = {*manifest.slots, *(target.slot for target in spec.outputs.values())}
+    for source in spec.inputs.values():
+        if isinstance(source, Slot) and source.slot not in there:
+            raise BundleError(f"engine {engine!r} takes {source.slot!r} from another engine; leave --only out")
     calls = tuple(row for row in manifest.script if isinstance(row, Call) and row.call == engine)
-    return replace(manifest, engines={engine: manifest.engines[engine]}, script=calls)
+    return replace(manifest, engines={engine: spec}, script=calls)
 
 
 def example_conditions(contract: Contract, batch: int) -> dict[str, Array]:

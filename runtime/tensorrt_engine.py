@@ -86,12 +86,10 @@ def batch_of(inputs: Mapping[str, StateSpec], given: Mapping[str, Array]) -> int
         raise RequestError(f"input {min(missing)!r} is missing; give {', '.join(inputs)}")
     batch = next((found for name, spec in inputs.items() if (found := _batch(spec, given[name].shape))), 1)
     for name, spec in inputs.items():
-        found = (str(given[name].dtype), given[name].shape)
-        if found != (spec.dtype, spec.at(batch)):
-            raise RequestError(
-                f"input {name!r} is {found[0]} {list(found[1])}, needed {spec.dtype} {list(spec.at(batch))} at a batch "
-                f"of {batch}"
-            )
+        dtype, shape = str(given[name].dtype), given[name].shape
+        if (dtype, shape) != (spec.dtype, spec.at(batch)):
+            needed = f"{spec.dtype} {list(spec.at(batch))} at a batch of {batch}"
+            raise RequestError(f"input {name!r} is {dtype} {list(shape)}, needed {needed}")
     return batch
 
 

@@ -22,11 +22,11 @@ from dcompile.compiler import rewrite
 from dcompile.compiler.calibrate import Calibration
 from dcompile.compiler.execute import run
 from dcompile.compiler.ingest import Source, ingest
-from dcompile.compiler.partition import TINY_BYTES
 from dcompile.compiler.plan import Plan, Site, taylor
 from dcompile.compiler.program import Decision, Program
 from dcompile.compiler.rewrite import aten
 from dcompile.compiler.segments import Segments, build_segments
+from dcompile.compiler.units import TINY_BYTES
 from dcompile.compiler.variants import Variant, build_variant
 from dcompile.exporters.interpret import run_lowered
 from dcompile.exporters.lower import Layout, Lowered, lower
@@ -301,33 +301,50 @@ def test_a_weight_of_two_pieces_is_handed_on(tmp_path: Path, monkeypatch: pytest
 # ---- quantised programs --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"predictor": "taylor1"}, {"predictor": "copy", "site": "branch"}], ids=str)
+QUANTISED = [
+    ("dit", {"predictor": "taylor1"}),
+    ("dit", {"predictor": "copy", "site": "branch"}),
+    ("unet", {"predictor": "taylor1"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), QUANTISED, ids=str)
 def test_rounding_and_stored_weights_stand_beside_their_layers(
-    options: dict[str, Any], dit: Program, calibration_of: Callable[[Program], Calibration]
+    name: str,
+    options: dict[str, Any],
+    request: pytest.FixtureRequest,
+    calibration_of: Callable[[Program], Calibration],
 ) -> None:
     """Or no target would run those layers in few bits."""
+    original: Program = request.getfixturevalue(name)
+    program = cached(original, **options)
     step = Quantize(max_error=1.0, min_share=0.0, format="int8", activations="static", symmetric=False)
-    program = cached(dit, **options)
-    program = step.apply(program, step.decide(program, calibration_of(dit))).program
+    program = step.apply(program, step.decide(program, calibration_of(original))).program
     segments = check(program)
     for mask in program.plan.masks:
-        pieces = sum((rounded_layers(segments.engines[name].graph) for name in segments.calls[mask]), Counter())
-        assert pieces
-        assert pieces.keys() <= rounded_layers(build_variant(program, mask).graph).keys()
-        assert set(pieces.values()) == {1}
-    linear = [
-        n for e in segments.engines.values() for n in e.graph.graph.nodes if rewrite.is_call(n, aten.linear.default)
-    ]
-    stored = [node for node in linear if rewrite.is_call(node.args[1], torch.ops.dcompile.dequantize.default)]
-    assert len(stored) == len({name for e in segments.engines.values() for name in rounded_layers(e.graph)})
+        whole = stored_layers(build_variant(program, mask).graph)
+        pieces = [layer for name in segments.calls[mask] for layer in stored_layers(segments.engines[name].graph)]
+        assert len(set(pieces)) == len(pieces) > 0
+        assert set(pieces) <= set(whole)
+        assert {kind for _, kind in whole} == {kind for _, kind in pieces}
+    for engine in segments.engines.values():
+        for node in engine.graph.graph.nodes:
+            if is_stored(node):
+                assert is_rounding(node.args[0])
+                assert node.target is not aten.conv2d.default or [is_rounding(user) for user in node.users] == [True]
 
 
-def rounded_layers(graph: fx.GraphModule) -> Counter[str]:
-    """Linear layers whose input is rounded and whose weight is dequantised beside them."""
-    ops = torch.ops.dcompile
-    return Counter(
-        node.name for node in graph.graph.nodes
-        if rewrite.is_call(node, aten.linear.default)
-        and rewrite.is_call(node.args[0], ops.quantize_dequantize.default)
-        and rewrite.is_call(node.args[1], ops.dequantize.default)
-    )  # fmt: skip
+def stored_layers(graph: fx.GraphModule) -> list[tuple[str, str]]:
+    return [(node.name, str(node.target)) for node in graph.graph.nodes if is_stored(node)]
+
+
+def is_stored(node: fx.Node) -> bool:
+    """A layer whose weight is dequantised."""
+    if not rewrite.is_call(node, aten.linear.default, aten.conv2d.default):
+        return False
+    weight = node.args[1]
+    return isinstance(weight, fx.Node) and rewrite.is_call(weight, torch.ops.dcompile.dequantize.default)
+
+
+def is_rounding(node: Any) -> bool:
+    return rewrite.is_call(node, torch.ops.dcompile.quantize_dequantize.default)

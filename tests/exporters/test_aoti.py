@@ -207,7 +207,7 @@ class Conv(Stored):
         image = x.reshape(x.shape[0], 4, 8, 6)
         y = self.affine(self.conv(self.affine(image), "a", padding=1))
         z = self.signed(nn.functional.silu(self.conv(y, "b", bias=False, padding=2, dilation=2)))
-        z = self.signed(self.conv(z, "c", stride=2, padding=1)) + y[..., ::2, ::2]
+        z = self.signed(nn.functional.gelu(self.conv(z, "c", stride=2, padding=1))) + y[..., ::2, ::2]
         return z, self.signed(self.conv(self.signed(z), "d", groups=2))
 
 
@@ -324,8 +324,9 @@ def test_what_follows_a_layer_is_done_inside_its_kernel(example: Tensor) -> None
     assert kernels[5].args[0] is kernels[4]
     formed = to_cpu_forms(graph_of(INTEGER["conv"], example))
     kernels = [node for node in formed.graph.graph.nodes if str(node.target).startswith("onednn")]
+    # the third: no kernel of a convolution does GELU
     assert [str(node.args[14]) for node in kernels] == ["none", "swish", "none", "none"]
-    assert [node.args[13] for node in kernels] == [torch.uint8] * 4
+    assert [node.args[13] for node in kernels] == [torch.uint8, torch.uint8, torch.float32, torch.uint8]
     assert kernels[1].args[0] is kernels[0]
 
 

@@ -49,7 +49,7 @@ def saved(graph: Graph, folder: Path) -> Path:
 def nvfp4_layer(kind: int = FLOAT, whole: float = 4 / 2688) -> Graph:
     graph = Graph()
     scale = graph.constant(whole, kind)
-    attributes = {"axis": -1, "block_size": 16, "scale_type": 17}
+    attributes: dict[str, Any] = {"axis": -1, "block_size": 16, "scale_type": 17}
     x = graph.input("x", kind, "M", K)
     values, scales = graph("TRT_FP4DynamicQuantize", x, scale, domain="trt", results=2, **attributes)
     real = graph("DequantizeLinear", values, graph("DequantizeLinear", scales, scale), axis=-1, block_size=16)
@@ -66,7 +66,8 @@ def nvfp4_layer(kind: int = FLOAT, whole: float = 4 / 2688) -> Graph:
 def test_nvfp4_is_what_onnx_itself_computes(tmp_path: Path) -> None:
     x = np.random.default_rng(1).standard_normal((8, K)).astype(np.float32)
     path = saved(nvfp4_layer(), tmp_path)
-    (expected,) = ReferenceEvaluator(onnx.load(path), new_ops=[TRT_FP4DynamicQuantize]).run(None, {"x": x})
+    evaluator = ReferenceEvaluator(onnx.load(path), new_ops=[TRT_FP4DynamicQuantize])
+    expected: Any = next(iter(evaluator.run(None, {"x": x})))
     found = open_reference(path).run({"x": x})["y0"]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # sums in another order
 
@@ -74,9 +75,8 @@ def test_nvfp4_is_what_onnx_itself_computes(tmp_path: Path) -> None:
 def test_in_half_precision_too(tmp_path: Path) -> None:
     x = np.random.default_rng(1).standard_normal((8, K)).astype(np.float16)
     found = open_reference(saved(nvfp4_layer(HALF), tmp_path)).run({"x": x})["y0"]
-    (expected,) = ReferenceEvaluator(nvfp4_layer().model(), new_ops=[TRT_FP4DynamicQuantize]).run(
-        None, {"x": x.astype(np.float32)}
-    )
+    evaluator = ReferenceEvaluator(nvfp4_layer().model(), new_ops=[TRT_FP4DynamicQuantize])
+    expected: Any = next(iter(evaluator.run(None, {"x": x.astype(np.float32)})))
     assert found.dtype == np.float16
     assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()  # the global scale has 11 bits
 
@@ -86,7 +86,7 @@ def rounding(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """x [M, 16] rounded to NVFP4 under a global scale of 1: blocks scaled by amax / 6."""
     graph = Graph()
     one = graph.constant(1.0, FLOAT)
-    attributes = {"axis": -1, "block_size": 16, "scale_type": 17}
+    attributes: dict[str, Any] = {"axis": -1, "block_size": 16, "scale_type": 17}
     made = graph("TRT_FP4DynamicQuantize", graph.input("x", FLOAT, "M", 16), one, domain="trt", results=2, **attributes)
     real = graph("DequantizeLinear", made[0], graph("DequantizeLinear", made[1], one), axis=-1, block_size=16)
     graph.output(graph("Identity", real), FLOAT)

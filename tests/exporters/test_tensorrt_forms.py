@@ -308,7 +308,7 @@ def test_small_global_scales_keep_their_bits_in_fp16() -> None:
     """Activations of 1e-3: fp16 would hold their global scale with three bits."""
     graph = exported(Alone("nvfp4", "nvfp4", largest=1e-3), 8, K)
     x = 3e-4 * torch.randn(4, 8, K)
-    graph.net.layer.bias.data.zero_()  # type: ignore[union-attr]
+    rewrite.attribute(graph, "net.layer.bias").data.zero_()
     rounding = relative_error(graph, exported(Alone("nvfp4", None), 8, K), x)
     assert relative_error(in_forms(graph, "fp16"), graph, x) < rounding
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,7 +30,8 @@ TURING = ("7.5", *PORTABLE)
 
 
 def weight() -> NDArray[np.float32]:
-    return np.random.default_rng(0).standard_normal((N, K)).astype(np.float32) / K**0.5
+    values: NDArray[np.float32] = np.random.default_rng(0).standard_normal((N, K)).astype(np.float32)
+    return values / np.float32(K**0.5)
 
 
 def build(graph: Graph, folder: Path, capabilities: tuple[str, ...]) -> tuple[Layer, ...]:
@@ -81,7 +83,7 @@ def nvfp4_factor(graph: Graph) -> str:
 
 def nvfp4_rounded(graph: Graph, x: str) -> str:
     whole = graph.constant(4 / 2688, HALF)
-    attributes = {"axis": -1, "block_size": 16, "scale_type": 17}
+    attributes: dict[str, Any] = {"axis": -1, "block_size": 16, "scale_type": 17}
     values, scales = graph("TRT_FP4DynamicQuantize", x, whole, domain="trt", results=2, **attributes)
     steps = graph("DequantizeLinear", scales, whole)
     return str(graph("DequantizeLinear", values, steps, axis=-1, block_size=16))

@@ -15,7 +15,6 @@ const std::unordered_map<std::string, at::ScalarType> kTypes = {
     {"float32", at::kFloat}, {"bfloat16", at::kBFloat16}, {"int64", at::kLong}, {"int32", at::kInt},
     {"int8", at::kChar},     {"uint8", at::kByte},        {"bool", at::kBool}};
 
-// Words parted by any of " :,*", those that are no number as 1.
 std::vector<std::string> split(std::string line, const std::string& marks = " ") {
   for (char& each : line)
     if (marks.find(each) != std::string::npos) each = ' ';

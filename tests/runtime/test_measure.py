@@ -37,6 +37,9 @@ def test_only_one_engine(tiny: Build) -> None:
     assert measure(bundle.path, repeats=1, only="reuse")["step_s"] is not None
     with pytest.raises(BundleError, match="no engine is called 'reus'; did you mean 'reuse'"):
         measure(bundle.path, only="reus")
+    bundle.edit(states={})
+    with pytest.raises(BundleError, match="engine 'reuse' takes 'cached' from another engine; leave --only out"):
+        measure(bundle.path, only="reuse")
 
 
 def test_mistakes_are_one_line(tiny: Build, tmp_path: Path) -> None:

@@ -171,9 +171,9 @@ def test_slots_go_after_their_last_reader() -> None:
 
 
 def test_a_slot_that_some_way_of_a_jump_reads_stays() -> None:
-    forward = [Call("head", 0), Jump(3, "sample", 1.0), Call("inner", 0), Call("finish", 0)]
+    forward: list[Call | Jump] = [Call("head", 0), Jump(3, "sample", 1.0), Call("inner", 0), Call("finish", 0)]
     assert dead_after(forward, SPECS) == [frozenset(), frozenset(), frozenset(), {"hidden", "kept"}]
     back = [*forward, Jump(1, "kept", 1.0)]
     assert dead_after(back, SPECS)[3] == frozenset()  # the rows after the jump's aim read both
-    leaving = [Call("head", 0), Jump(3, "sample", 1.0), Call("finish", 0)]
+    leaving: list[Call | Jump] = [Call("head", 0), Jump(3, "sample", 1.0), Call("finish", 0)]
     assert dead_after(leaving, SPECS)[0] == frozenset()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -15,7 +14,7 @@ from onnx import TensorProto, helper
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 INT8, INT4 = TensorProto.INT8, TensorProto.INT4
 FP8, FP4 = TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT4E2M1
-_NUMPY = {
+_NUMPY: dict[int, Any] = {
     HALF: np.float16, FLOAT: np.float32, INT8: np.int8, TensorProto.INT64: np.int64, FP8: ml_dtypes.float8_e4m3fn,
     FP4: ml_dtypes.float4_e2m1fn, INT4: ml_dtypes.int4,
 }  # fmt: skip
@@ -98,6 +97,6 @@ def nvfp4_weight(weight: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any
     return values.reshape(weight.shape).astype(ml_dtypes.float4_e2m1fn), scale, whole
 
 
-def shapes(name: str, *sizes: int, batches: Sequence[int]) -> dict[str, tuple[tuple[int, ...], ...]]:
+def shapes(name: str, *sizes: int, batches: tuple[int, int, int]) -> dict[str, Any]:
     """A profile for the one input `name` [batch, *sizes]."""
     return {name: tuple((batch, *sizes) for batch in batches)}
