@@ -73,14 +73,9 @@ def unite(program: Program) -> StepUnion:
     masks = program.plan.masks
     every = frozenset(range(len(masks)))
     values = {site.value: _alone(module, rewrite.node_named(module, site.value)) for site in program.plan.sites}
-    outputs = []
-    for slot, node in zip(result_slots(module), rewrite.output_values(module), strict=True):
-        # By another name where a step may reuse it, or reads it again: nothing runs after what writes the results.
-        is_read = node in values.values() or len(node.users) > 1
-        result = rewrite.call(module, rewrite.output_node(module), aten.alias.default, node) if is_read else node
-        outputs.append((slot, result, every))
     stand_ins: dict[fx.Node, fx.Node] = {}
     computed: dict[fx.Node, Kinds] = {}
+    outputs: list[tuple[str, fx.Node, Kinds]] = []
     for index, site in enumerate(program.plan.sites):
         value, base = values[site.value], None
         if site.base is not None:
@@ -90,6 +85,9 @@ def unite(program: Program) -> StepUnion:
         outputs += [(state_slot(site, order), state, kinds) for order, state in enumerate(states)]
         stand_ins[value] = reused_value(module, site, value, base, inputs)
         computed[value] = kinds
+    slots = result_slots(module)
+    results = [_unread(module, node, computed) for node in rewrite.output_values(module)]
+    outputs = [(slot, node, every) for slot, node in zip(slots, results, strict=True)] + outputs
     rewrite.output_node(module).args = (tuple(node for _, node, _ in outputs),)
     return StepUnion(module, inputs, tuple(outputs), stand_ins, computed, masks)
 
@@ -131,3 +129,10 @@ def _alone(module: fx.GraphModule, value: fx.Node) -> fx.Node:
     alias = rewrite.call(module, value.next, aten.alias.default, value, like=value)
     value.replace_all_uses_with(alias, delete_user_cb=lambda user: user is not alias)
     return alias
+
+
+def _unread(module: fx.GraphModule, result: fx.Node, computed: Collection[fx.Node]) -> fx.Node:
+    """The result by a name that nothing reads and no step replaces: whatever writes results comes last in a step."""
+    if result not in computed and len(result.users) == 1:
+        return result
+    return rewrite.call(module, rewrite.output_node(module), aten.alias.default, result)

@@ -88,7 +88,7 @@ RULES: Mapping[str, Mapping[Pair, Rule]] = {
 KNOWN = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 PORTABLE = ("8.0", "8.6", "8.9", "12.0")
 # The least that can compute in a format; TensorRT refuses a whole build for one capability that cannot.
-LEAST = {"fp16": "7.5", "int8": "7.5", "bf16": "8.0", "fp32": "8.0", "int4": "8.0", "fp8": "8.9", "nvfp4": "12.0"}
+LEAST = {"fp16": "7.5", "int8": "7.5", "bf16": "8.0", "fp32": "8.0", "int4": "8.0", "fp8": "8.9", "nvfp4": "10.0"}
 # What to take where the capability cannot: the next format down, with about the same memory or speed.
 _BELOW = {"nvfp4": "fp8", "fp8": "int8", "int4": "int8", "bf16": "fp16", "fp32": "fp16"}
 

@@ -22,20 +22,20 @@ from ..compiler import rewrite
 from ..compiler.errors import InternalError
 from ..compiler.execute import batch_size
 from ..compiler.variants import Variant
-from ..runtime.cuda import why_no_gpu
+from ..runtime.cuda import compute_capability
 from ..runtime.engines import Engine
 from ..runtime.manifest import Dim, StateSpec
-from ..runtime.tensorrt_engine import EngineFacts, Profile, TensorRtEngine, write_facts
+from ..runtime.tensorrt_engine import EngineFacts, Profile, TensorRtEngine, why_nothing_runs, write_facts
 from .legality import check_capabilities, default_capabilities
 from .lower import Lowered
-from .onnx import SharedWeights, check, to_onnx
+from .onnx import SharedWeights, check
 from .onnx_forms import DEQUANTIZE, QUANTIZE
 from .onnx_reference import open_reference
-from .precision import to_precision
 from .target import Progress, Target, TargetOptions, Written
 from .tensorrt_builder import FULL, Range, build_engine, choose_package, known_capabilities
-from .tensorrt_forms import TRANSLATIONS, convert_constants, count_quantised, promises, to_tensorrt_forms
+from .tensorrt_forms import count_quantised
 from .tensorrt_layers import Layer, check_promises, count_kernels, rows_by_region
+from .tensorrt_onnx import promises, to_tensorrt_onnx
 
 _WEIGHTS = "weights.bin"
 # One: a second, for one sample alone, fuses a little more (77 pointwise kernels for 90 on a DiT-B/2 in fp16), but takes
@@ -72,8 +72,9 @@ def write(lowered: Lowered, folder: Path, options: TargetOptions, progress: Prog
         regions[name] = rows_by_region(layers, tuple(plan.profiles))
         opened[name] = partial(source.open, onnx_file, options.threads)
     batches = (min(low for low, _, _ in plan.profiles.values()), max(high for _, _, high in plan.profiles.values()))
-    checked = _not_executed(plan) if why_no_gpu() else None
-    if checked is None:
+    runs_here = why_nothing_runs() is None and compute_capability() in plan.capabilities
+    checked = None if runs_here else _not_executed(plan)
+    if runs_here:
         opened = {name: partial(TensorRtEngine, folder / file) for name, file in files.items()}
     return Written(files, kernels, opened, checked, regions, open_precision=options.precision, batch=batches)
 
@@ -120,19 +121,6 @@ def _write_engine(
     )  # fmt: skip
     write_facts(facts, engine)
     return onnx_file, built.layers
-
-
-def to_tensorrt_onnx(variant: Variant, precision: str) -> ir.Model:
-    """What TensorRT is given: the network in `precision`, quantised layers in forms that it compiles as such."""
-    graph = variant.graph
-    if precision != "fp32":
-        tables = [port for port, (kind, _) in variant.inputs.items() if kind == "table"]
-        graph = to_precision(graph, precision, tables=tables, convert_weights=False)
-    graph = to_tensorrt_forms(graph, precision)
-    outputs = [f"next_{slot}" for slot in variant.outputs]
-    model = to_onnx(graph, list(variant.inputs), outputs, translations=TRANSLATIONS, transpose_weights=False)
-    convert_constants(model)
-    return model
 
 
 def _ports(values: Sequence[ir.Value]) -> dict[str, StateSpec]:
@@ -190,10 +178,6 @@ class _Source:
         return open_reference(onnx_file, threads=threads)
 
 
-def _cannot_run() -> str | None:
-    return why_no_gpu()
-
-
 TARGET = Target(
     name="trt",
     packages=("tensorrt_rtx", "tensorrt"),
@@ -202,7 +186,7 @@ TARGET = Target(
     precisions=lambda: ("fp16", "bf16", "fp32"),
     quantize={"symmetric": True},
     write=write,
-    cannot_run=_cannot_run,
+    cannot_run=why_nothing_runs,
     takes_capabilities=True,
     takes_profiles=True,
 )

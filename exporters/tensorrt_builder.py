@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..compiler.errors import InternalError, UnsupportedError
 from ..runtime.cuda import compute_capability
@@ -90,13 +90,23 @@ def build_engine(
         config.add_optimization_profile(_profile(builder, ranges))
     with engine_file.open("wb") as stream:
         try:
-            written = builder.build_serialized_network_to_stream(network, config, _writer(package)(stream))
+            written = write_engine(builder, network, config, stream, package)
         except MemoryError as error:
             raise EngineError(_out_of_memory(name, onnx_file)) from error
     if not written:
         raise EngineError(_why_not(name, messages, onnx_file, package))
     layers = _compiled(trt, messages, engine_file, package)
     return Built(layers, package, trt.__version__)
+
+
+def write_engine(builder: Any, network: Any, config: Any, stream: BinaryIO, package: str) -> bool:
+    """Build and write to the stream, as it comes where the version can do that. -> whether it was built"""
+    if hasattr(builder, "build_serialized_network_to_stream"):
+        return bool(builder.build_serialized_network_to_stream(network, config, _writer(package)(stream)))
+    whole = builder.build_serialized_network(network, config)
+    if whole is not None:
+        stream.write(whole)
+    return whole is not None
 
 
 def _parse(name: str, parser: Any, file: Path, package: str) -> None:

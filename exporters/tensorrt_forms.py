@@ -1,4 +1,4 @@
-"""Quantised layers in the forms that TensorRT compiles to low-precision kernels: a rewrite of the graph, then of ONNX.
+"""Quantised layers in the forms that TensorRT compiles to low-precision kernels: a rewrite of the graph.
 
 All were found by building them and reading the layers; tests/exporters/test_tensorrt_recipes.py builds each.
 
@@ -16,17 +16,10 @@ All were found by building them and reading the layers; tests/exporters/test_ten
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import onnx
-import onnx_ir as ir
 import torch
-from onnx.defs import OpSchema
-from onnxscript import opset23 as op
-from onnxscript.values import Op, Opset
 from torch import Tensor, fx
 
 from ..compiler import rewrite
@@ -34,20 +27,12 @@ from ..compiler.errors import UnsupportedError
 from ..compiler.regions import module_path
 from ..compiler.rewrite import aten
 from ..quant import formats
-from .onnx_forms import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC, QUANTIZE_NVFP4, Translations, constant, dequantize
-from .tensorrt_layers import Promise
+from .onnx_forms import DEQUANTIZE, QUANTIZE, QUANTIZE_DYNAMIC, QUANTIZE_NVFP4
 
 _LARGEST = {"int8": 128.0 * 127.0, "fp8": formats.FP8_MAX**2}  # product of two factors
 _FP16_MAX = 65504.0
 _FP16_NORMAL = 2.0**-14  # the smallest number that fp16 holds with all its bits
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_ONNX_TYPES = {
-    torch.float32: onnx.TensorProto.FLOAT,
-    torch.float16: onnx.TensorProto.FLOAT16,
-    torch.bfloat16: onnx.TensorProto.BFLOAT16,
-}
-_INTEGERS = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
-TRT_DOMAIN = "trt"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _MERGED_UP_TO = 1024  # elements: initialisers of this size and equal content become one
 
 
@@ -59,13 +44,13 @@ def trt_round(x: Tensor, scale: Tensor, factor: float, format: str, precision: s
     """x / scale rounded to "int8" or "fp8" and multiplied by `factor`, in `precision`. scale [] float32."""
     one = torch.ones((), dtype=torch.float32)
     rounds = formats.round_int8 if format == "int8" else formats.round_fp8
-    return (rounds(x.to(torch.float32) / scale, one) * factor).to(_DTYPES[precision])
+    return (rounds(x.to(torch.float32) / scale, one) * factor).to(DTYPES[precision])
 
 
 @torch.library.custom_op("dcompile::trt_factor", mutates_args=())
 def trt_factor(q: Tensor, precision: str) -> Tensor:
     """Stored int8 or fp8 values as numbers, without their scale."""
-    return q.to(_DTYPES[precision])
+    return q.to(DTYPES[precision])
 
 
 @torch.library.custom_op("dcompile::trt_nvfp4", mutates_args=())
@@ -82,12 +67,12 @@ def trt_int4(q: Tensor, scale: Tensor) -> Tensor:
 
 @trt_round.register_fake
 def _(x: Tensor, scale: Tensor, factor: float, format: str, precision: str) -> Tensor:
-    return torch.empty_like(x, dtype=_DTYPES[precision])
+    return torch.empty_like(x, dtype=DTYPES[precision])
 
 
 @trt_factor.register_fake
 def _(q: Tensor, precision: str) -> Tensor:
-    return torch.empty_like(q, dtype=_DTYPES[precision])
+    return torch.empty_like(q, dtype=DTYPES[precision])
 
 
 @trt_nvfp4.register_fake
@@ -100,8 +85,8 @@ def _(q: Tensor, scale: Tensor) -> Tensor:
     return q.new_empty((q.shape[0], 2 * q.shape[1]), dtype=scale.dtype)
 
 
-_ROUND, _FACTOR = torch.ops.dcompile.trt_round.default, torch.ops.dcompile.trt_factor.default
-_NVFP4, _INT4 = torch.ops.dcompile.trt_nvfp4.default, torch.ops.dcompile.trt_int4.default
+ROUND, FACTOR = torch.ops.dcompile.trt_round.default, torch.ops.dcompile.trt_factor.default
+NVFP4, INT4 = torch.ops.dcompile.trt_nvfp4.default, torch.ops.dcompile.trt_int4.default
 
 
 # --- the graph ---
@@ -187,7 +172,7 @@ class _Writer:
         assert isinstance(weight_scale, fx.Node)
         exponent = self._exponent(stored, str(weight.args[3]))
         x, scale, known = self._prepare(node, rounded, exponent)
-        factor = self._call(node, _FACTOR, stored, self.precision)
+        factor = self._call(node, FACTOR, stored, self.precision)
         real = rewrite.attribute(self.graph, str(weight_scale.target)) * (2.0**exponent * (known or 1.0))
         dtype = rewrite.tensor_of(node).dtype  # type: ignore[union-attr]
         bias = self._bias(node)
@@ -231,14 +216,14 @@ class _Writer:
         assert isinstance(scale, fx.Node)
         if scale.op == "get_attr":
             number = float(rewrite.attribute(self.graph, str(scale.target)))
-            return self._call(rounded, _ROUND, x, scale, factor, format, self.precision), None, number
+            return self._call(rounded, ROUND, x, scale, factor, format, self.precision), None, number
         real = self._call(rounded, aten.to.dtype, x, torch.float32)
         divided = self._call(rounded, aten.div.Tensor, real, scale)
         return self._round(rounded, divided, 1.0, factor, format), scale, None
 
     def _round(self, at: fx.Node, x: fx.Node, scale: float, factor: float, format: str) -> fx.Node:
         constant = self._row(at, f"units.{at.name}", torch.tensor(scale), ())
-        return self._call(at, _ROUND, x, constant, factor, format, self.precision)
+        return self._call(at, ROUND, x, constant, factor, format, self.precision)
 
     def _bias(self, node: fx.Node) -> tuple[str, Tensor] | None:
         if len(node.args) < 3 or node.args[2] is None:
@@ -267,19 +252,19 @@ class _Writer:
         if self.precision == "fp16":
             # Below this fp16 keeps fewer bits; a larger global scale only makes the block scales smaller.
             value = value.clamp_min(_FP16_NORMAL)
-        short = self._row(rounded, f"{scale.target}_{self.precision}", value.to(_DTYPES[self.precision]), ())
+        short = self._row(rounded, f"{scale.target}_{self.precision}", value.to(DTYPES[self.precision]), ())
         columns = rewrite.hint(rewrite.shape_of(rounded)[-1])
         if len(rewrite.shape_of(rounded)) != 2:
             x = self._call(rounded, aten.reshape.default, x, [-1, columns])
-        return self._call(rounded, _NVFP4, x, short)
+        return self._call(rounded, NVFP4, x, short)
 
     def _write_int4(self, node: fx.Node, weight: fx.Node) -> None:
         """Block scales in the network's own precision: TensorRT dequantises inside the product only then."""
         stored, scale = weight.args[:2]
         assert isinstance(scale, fx.Node)
-        value = rewrite.attribute(self.graph, str(scale.target)).to(_DTYPES[self.precision])
+        value = rewrite.attribute(self.graph, str(scale.target)).to(DTYPES[self.precision])
         short = self._row(node, f"{scale.target}_{self.precision}", value, tuple(value.shape))
-        node.args = (node.args[0], self._call(node, _INT4, stored, short), *node.args[2:])
+        node.args = (node.args[0], self._call(node, INT4, stored, short), *node.args[2:])
 
     # attention in fp8
 
@@ -299,7 +284,7 @@ class _Writer:
             node, aten.softmax.int, self._call(node, aten.mul.Tensor, scores, scale, like=node), -1, like=node
         )
         share = self._row(node, f"units.{node.name}", torch.tensor(1 / formats.FP8_MAX), ())
-        weights = self._call(node, _ROUND, weights, share, 1 / formats.FP8_MAX, "fp8", self.precision, like=node)
+        weights = self._call(node, ROUND, weights, share, 1 / formats.FP8_MAX, "fp8", self.precision, like=node)
         result = self._call(node, aten.matmul.default, weights, self._real(node, v), like=node)
         node.replace_all_uses_with(result)
 
@@ -309,7 +294,7 @@ class _Writer:
         assert isinstance(scale, fx.Node)
         number = float(rewrite.attribute(self.graph, str(scale.target)))
         x = rounded.args[0] if x is None else x
-        return self._call(node, _ROUND, x, scale, number, "fp8", self.precision, like=node)
+        return self._call(node, ROUND, x, scale, number, "fp8", self.precision, like=node)
 
     # small things
 
@@ -333,172 +318,3 @@ def _activations(rounded: fx.Node) -> str | None:
 def _where(node: fx.Node) -> str:
     paths = [path for path, _ in module_path(node) if path]
     return paths[-1] if paths else node.name
-
-
-# --- ONNX ---
-
-_FP4_DYNAMIC = Op(
-    Opset(TRT_DOMAIN, 1),
-    "TRT_FP4DynamicQuantize",
-    OpSchema(
-        "TRT_FP4DynamicQuantize",
-        TRT_DOMAIN,
-        1,
-        inputs=[OpSchema.FormalParameter("x", "T"), OpSchema.FormalParameter("global_scale", "T")],
-        outputs=[OpSchema.FormalParameter("values", "T4"), OpSchema.FormalParameter("scales", "T8")],
-        type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "of the network"),
-            ("T4", ["tensor(float4e2m1)"], "values"),
-            ("T8", ["tensor(float8e4m3fn)"], "one scale for 16 of them"),
-        ],
-        attributes=[
-            OpSchema.Attribute(name, OpSchema.AttrType.INT, name, required=True)
-            for name in ("axis", "block_size", "scale_type")
-        ],
-    ),
-)
-
-
-def _onnx_round(x: Any, scale: Any, factor: float, format: str, precision: str) -> Any:
-    zero = constant(_INTEGERS[format], 0)
-    real: Any = x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=onnx.TensorProto.FLOAT)
-    integers: Any = op.QuantizeLinear(real, scale, zero)
-    return op.DequantizeLinear(integers, _number(factor, precision), zero)
-
-
-def _onnx_factor(q: Any, precision: str) -> Any:
-    return op.DequantizeLinear(q, _number(1.0, precision))
-
-
-def _onnx_int4(q: Any, scale: Any) -> Any:
-    return dequantize(q, scale, None, "int4", 1)
-
-
-def _onnx_nvfp4(x: Any, global_scale: Any) -> Any:
-    blocks: dict[str, Any] = {"axis": -1, "block_size": formats.NVFP4_BLOCK}
-    values, scales = _FP4_DYNAMIC(x, global_scale, **blocks, scale_type=onnx.TensorProto.FLOAT8E4M3FN)
-    real_scales: Any = op.DequantizeLinear(scales, global_scale)
-    return op.DequantizeLinear(values, real_scales, **blocks)
-
-
-def _onnx_quantize_dequantize(x: Any, scale: Any, zero_point: Any, format: str) -> Any:
-    """Of a value that no quantised layer reads: exact scales, and back in the type that it came in."""
-    zero = constant(_INTEGERS[format], 0)
-    is_float = x.dtype == ir.DataType.FLOAT
-    real: Any = x if is_float else op.Cast(x, to=onnx.TensorProto.FLOAT)
-    integers: Any = op.QuantizeLinear(real, scale, zero)
-    rounded: Any = op.DequantizeLinear(integers, scale, zero)
-    return rounded if is_float else op.Cast(rounded, to=int(x.dtype))
-
-
-def _number(value: float, precision: str) -> Any:
-    """A scalar constant in `precision`."""
-    dtype = _DTYPES[precision]
-    raw = torch.tensor(value, dtype=dtype).reshape(1).view(torch.uint8).numpy().tobytes()
-    return op.Constant(value=onnx.helper.make_tensor("scale", _ONNX_TYPES[dtype], [], raw, raw=True))
-
-
-TRANSLATIONS: Translations = {
-    _ROUND: _onnx_round,
-    _FACTOR: _onnx_factor,
-    _NVFP4: _onnx_nvfp4,
-    _INT4: _onnx_int4,
-    QUANTIZE: _onnx_quantize_dequantize,
-    DEQUANTIZE: dequantize,
-}
-
-
-# --- what the ONNX promises ---
-
-_PRODUCTS = ("MatMul", "Gemm", "Conv")
-_CARRIERS = ("Cast", "Transpose", "Reshape", "Identity")
-_TYPES = {
-    ir.DataType.INT8: "int8",
-    ir.DataType.INT4: "int4",
-    ir.DataType.FLOAT8E4M3FN: "fp8",
-    ir.DataType.FLOAT4E2M1: "fp4",
-}
-
-
-def promises(model: ir.Model) -> tuple[Promise, ...]:
-    """Every product whose second factor is dequantised, with the types that it should be computed in."""
-    found = []
-    for node in model.graph:
-        if node.op_type not in _PRODUCTS:
-            continue
-        left, right = (_dequantised(value) for value in node.inputs[:2])
-        if right is not None:
-            activations = left.type if left is not None else None
-            found.append(Promise(str(node.name), activations, right.type, (right.node,), right.stored))
-    return tuple(found)
-
-
-class _Dequantised(NamedTuple):
-    """type: that is stored. node: name of the DequantizeLinear. stored: it is an initialiser."""
-
-    type: str
-    node: str
-    stored: bool
-
-
-def _dequantised(value: ir.Value | None) -> _Dequantised | None:
-    """Where a factor of a product comes from, through what only moves or casts it."""
-    node = value.producer() if value is not None else None
-    while node is not None and node.op_type in _CARRIERS:
-        node = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if node is None or node.op_type != "DequantizeLinear":
-        return None
-    source = node.inputs[0]
-    assert source is not None
-    maker = source.producer()
-    if maker is not None and maker.domain == TRT_DOMAIN:
-        return _Dequantised("fp4", str(node.name), stored=False)
-    typed = maker.inputs[2] if maker is not None and maker.op_type == "QuantizeLinear" else source
-    assert typed is not None
-    kind = typed.dtype or (typed.const_value.dtype if typed.const_value is not None else None)
-    return _Dequantised(_TYPES[kind], str(node.name), stored=maker is None) if kind in _TYPES else None
-
-
-# --- weights in half precision, converted while they are written ---
-
-
-def convert_constants(model: ir.Model) -> None:
-    """Initialisers behind a Cast (and then a Transpose) take its type (and layout), in place; computed when written.
-
-    So the model's float32 weights are shared with the program until the file takes them, one at a time.
-    """
-    for node in list(model.graph):
-        if node.op_type == "Cast" and (source := node.inputs[0]) is not None and source.is_initializer():
-            _fold(model.graph, node, source)
-
-
-def _fold(graph: ir.Graph, cast: ir.Node, source: ir.Value) -> None:
-    tensor, result = source.const_value, cast.outputs[0]
-    assert tensor is not None
-    dtype = ir.DataType(cast.attributes["to"].as_int())
-    readers = [reader for reader, _ in result.uses()]
-    turn = readers[0] if len(readers) == 1 and readers[0].op_type == "Transpose" else None
-    if turn is not None:
-        result = turn.outputs[0]
-    permutation = list(turn.attributes["perm"].as_ints()) if turn is not None else None
-    shape = [int(size) for size in tensor.shape.numpy()]
-    if permutation is not None:
-        shape = [shape[axis] for axis in permutation]
-    name = f"{source.name}.{dtype.name.lower()}" + (".transposed" if turn is not None else "")
-    converted = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-    converted.const_value = ir.LazyTensor(_converter(tensor, dtype, permutation), dtype, ir.Shape(shape), name=name)
-    graph.register_initializer(converted)
-    result.replace_all_uses_with(converted)
-    graph.remove([cast] if turn is None else [turn, cast], safe=True)
-    if not source.uses():
-        graph.initializers.pop(str(source.name))
-
-
-def _converter(
-    tensor: ir.TensorProtocol, dtype: ir.DataType, permutation: list[int] | None
-) -> Callable[[], ir.TensorProtocol]:
-    def convert() -> ir.TensorProtocol:
-        values = tensor.numpy().astype(dtype.numpy())
-        return ir.Tensor(np.ascontiguousarray(values if permutation is None else values.transpose(permutation)), dtype)
-
-    return convert

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,15 @@ def _batch(spec: StateSpec, shape: tuple[int, ...]) -> int | None:
     return next((size // dim[1] for size, dim in sizes if not isinstance(dim, int)), None)
 
 
+def why_nothing_runs() -> str | None:
+    """Why no TensorRT engine can run on this machine, in words; None if those for its GPU can."""
+    if why := why_no_gpu():
+        return why
+    if not (find_spec("cuda") and find_spec("cuda.bindings")):
+        return "the package cuda-bindings is not installed (pip install cuda-bindings)"
+    return None
+
+
 class TensorRtEngine:
     """One engine on the first GPU. Inputs are copied to it and outputs back; its buffers are kept between calls.
 
@@ -159,7 +169,7 @@ class TensorRtEngine:
             self.close()
 
     def _check_machine(self) -> None:
-        if why := why_no_gpu():
+        if why := why_nothing_runs():
             raise EngineError(
                 f"{self.path}: {why}, and a TensorRT engine runs on an NVIDIA GPU; run it where one is, or compile for "
                 "--target onnx"

@@ -40,7 +40,12 @@ def why_skip(item: pytest.Item) -> str | None:
     wants_trt = item.get_closest_marker("trt") is not None
     if wants_trt and not any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
         return "needs tensorrt or tensorrt-rtx, which are not installed"
-    if wants_trt or item.get_closest_marker("gpu") is not None:
+    if wants_trt:
+        from dcompile.runtime.cuda import why_no_gpu  # its engines need no torch, and torch may be built without CUDA
+
+        if why := why_no_gpu():
+            return f"needs a CUDA device: {why}"
+    if item.get_closest_marker("gpu") is not None:
         import torch
 
         if not torch.cuda.is_available():

@@ -238,5 +238,5 @@ def test_the_target_says_what_it_is() -> None:
     assert (TARGET.name, TARGET.extra, TARGET.packages) == ("trt", "trt", ("tensorrt_rtx", "tensorrt"))
     assert TARGET.precisions() == ("fp16", "bf16", "fp32")
     assert TARGET.quantize == {"symmetric": True}
-    assert (TARGET.cannot_run() is None) == (why_no_gpu() is None)
+    assert why_no_gpu() in (None, TARGET.cannot_run())
     assert np.array(PROFILES["batch"]).tolist() == sorted(PROFILES["batch"])

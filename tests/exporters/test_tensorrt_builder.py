@@ -101,6 +101,22 @@ def test_a_gpu_that_lacks_the_type_is_named(tmp_path: Path) -> None:
         build_engine("full", saved(graph, tmp_path), tmp_path / "e", ("7.5",), [], FOR_RTX)
 
 
+class Older:
+    """A builder that cannot write as it goes."""
+
+    def __init__(self, builder: Any) -> None:
+        self.build_serialized_network = builder.build_serialized_network
+
+
+def test_a_version_without_streams_writes_the_same_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = tensorrt_builder.write_engine
+    path = saved(layer(), tmp_path)
+    build_engine("full", path, tmp_path / "streamed", PORTABLE, [], FOR_RTX)
+    monkeypatch.setattr(tensorrt_builder, "write_engine", lambda builder, *rest: really(Older(builder), *rest))
+    build_engine("full", path, tmp_path / "whole", PORTABLE, [], FOR_RTX)
+    assert (tmp_path / "whole").stat().st_size == (tmp_path / "streamed").stat().st_size
+
+
 def test_the_known_gpus_are_those_of_the_package() -> None:
     assert known_capabilities(FOR_RTX) == KNOWN
 

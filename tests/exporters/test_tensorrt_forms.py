@@ -18,13 +18,8 @@ from dcompile.compiler.rewrite import aten
 from dcompile.compiler.step_graph import flatten
 from dcompile.exporters.onnx import to_onnx
 from dcompile.exporters.precision import to_precision
-from dcompile.exporters.tensorrt_forms import (
-    TRANSLATIONS,
-    convert_constants,
-    count_quantised,
-    promises,
-    to_tensorrt_forms,
-)
+from dcompile.exporters.tensorrt_forms import count_quantised, to_tensorrt_forms
+from dcompile.exporters.tensorrt_onnx import TRANSLATIONS, convert_constants, promises
 from dcompile.quant import formats
 
 OPS = torch.ops.dcompile

@@ -17,8 +17,8 @@ from onnx_graphs import FLOAT, FP4, FP8, HALF, INT4, INT8, Graph, fp8_weight, in
 
 from dcompile.exporters.legality import PORTABLE
 from dcompile.exporters.tensorrt_builder import FOR_RTX, build_engine
-from dcompile.exporters.tensorrt_forms import promises
 from dcompile.exporters.tensorrt_layers import Layer, check_promises, count_kernels
+from dcompile.exporters.tensorrt_onnx import promises
 from dcompile.runtime.errors import EngineError
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
