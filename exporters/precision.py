@@ -155,5 +155,5 @@ def _convert_weights(module: fx.GraphModule, precision: str) -> None:
         elsewhere = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == path and n is not node.args[0]]
         if elsewhere or len(node.args[0].users) > 1:
             path = f"{path}_{precision}"
-        rewrite.assign(module, path, rewrite.attribute(module, str(node.args[0].target)).to(half))
+        rewrite.assign(module, path, rewrite.attribute(module, str(node.args[0].target)).detach().to(half))
         node.replace_all_uses_with(rewrite.read_weight(module, path, node))
