@@ -18,8 +18,14 @@ TITLES = {"glyphs": "Glyph DiT (6.4 M, 12 blocks)", "glyphs_unet": "Glyph U-Net 
 
 
 def figures() -> str:
-    """Markdown: the example models, the DiT-B/2-sized model, both on every target, and the two layouts."""
-    sections = {"glyphs": _glyphs, "dit_b2": _dit_b2, "targets": _targets, "layouts": _layouts}
+    """Markdown: the example models, the DiT-B/2-sized model, both on every target, TensorRT builds, layouts."""
+    sections = {
+        "glyphs": _glyphs,
+        "dit_b2": _dit_b2,
+        "targets": _targets,
+        "trt_builds": _trt_builds,
+        "layouts": _layouts,
+    }
     lines: list[str] = []
     for name, section in sections.items():
         path = RESULTS / f"{name}.json"
@@ -118,7 +124,29 @@ def _target_title(title: str, row: dict[str, Any]) -> str:
     if title in _PEERS:
         return _PEERS[title]
     target, _, recipe = title.partition(" ")
-    return f"`{target}` {recipe or 'uncompressed'}, rest {row['precision']}"
+    return f"`{target}` {recipe}, rest {row['precision']}" if recipe else f"`{target}` {row['precision']}"
+
+
+def _trt_builds(results: dict[str, Any]) -> list[str]:
+    lines = [
+        "TensorRT engines of the DiT-B/2-sized model, built without a GPU for all that the format runs on, `cache`, "
+        "the format and `fold` (`python benchmarks/trt_builds.py`; not executed, see Limits):",
+        "",
+        "| format, layout | built in | with a peak of | engines | products in that format |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for title, found in results["dit_b2"].items():
+        kernel = "gemm " + title.partition(",")[0].replace("nvfp4", "fp4")
+        products = {name: count for name, count in found["kernels"].items() if name.startswith("gemm")}
+        cells = [
+            title,
+            _seconds(found["seconds"]),
+            _megabytes(found["peak_bytes"]),
+            _megabytes(sum(found["engines"].values())),
+            f"{products[kernel]} of {sum(products.values())}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 _PLANS = {
