@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -166,20 +166,6 @@ def change_call(node: fx.Node, target: Any, *args: Any) -> None:
     node.target = target
     node.args = args
     node.kwargs = {}
-
-
-def replace_calls(
-    module: fx.GraphModule, rules: Mapping[Any, Callable[[fx.Node], fx.Node | None]]
-) -> tuple[fx.GraphModule, int]:
-    """Apply `rules[target](node)` to each call; a node that it returns takes its place. -> (finished module, count)"""
-    changed = 0
-    for node in list(module.graph.nodes):
-        rule = rules.get(node.target) if node.op == "call_function" else None
-        new = rule(node) if rule else None
-        if new is not None:
-            node.replace_all_uses_with(new)
-            changed += 1
-    return finish(module), changed
 
 
 def decided_by_step(module: fx.GraphModule, tables: Iterable[str]) -> set[fx.Node]:

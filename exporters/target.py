@@ -56,7 +56,7 @@ class Target:
 
     precisions: the first is the default. shares_weights: engines of a bundle can read one weights file.
     quantize: options of the quantize pass where the recipe leaves them open. write(lowered, folder, options, progress).
-    cannot_run: why engines cannot run on this machine, or None.
+    cannot_run: why engines cannot run on this machine, or None. devices: "cpu", "gpu": what engines run on.
     """
 
     name: str
@@ -69,3 +69,4 @@ class Target:
     cannot_run: Callable[[], str | None]
     takes_capabilities: bool = False
     takes_profiles: bool = False
+    devices: tuple[str, ...] = ("cpu",)

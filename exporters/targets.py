@@ -10,9 +10,12 @@ from ..compiler.program import Pass
 from ..compiler.recipe import Recipe
 from ..passes.quantize import Quantize
 from ..runtime.errors import did_you_mean
-from . import aoti, onnx, openvino, tensorrt
+from .aoti import target as aoti
 from .legality import check_capabilities, check_legal
+from .onnx import target as onnx
+from .openvino import target as openvino
 from .target import Target, TargetOptions
+from .tensorrt import target as tensorrt
 
 TARGETS: dict[str, Target] = {
     target.name: target for target in (onnx.TARGET, openvino.TARGET, tensorrt.TARGET, aoti.TARGET)

@@ -12,7 +12,7 @@ from dcompile.compiler.ingest import Source, ingest
 from dcompile.compiler.program import Decision, Program
 from dcompile.exporters.bundle import write_bundle
 from dcompile.exporters.lower import Lowered, lower
-from dcompile.exporters.onnx import export_engines
+from dcompile.exporters.onnx.target import export_engines
 from dcompile.exporters.target import Written
 from dcompile.passes.cache_steps import CacheSteps
 

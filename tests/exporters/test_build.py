@@ -26,7 +26,7 @@ from dcompile.exporters.build import check_recipe, compile_model
 from dcompile.exporters.bundle import is_whole, written_aside
 from dcompile.exporters.export import baseline_bundle
 from dcompile.exporters.lower import Lowered
-from dcompile.exporters.onnx import export_engines
+from dcompile.exporters.onnx.target import export_engines
 from dcompile.exporters.settings import Settings
 from dcompile.exporters.target import TargetOptions
 from dcompile.exporters.targets import find_target

@@ -19,7 +19,7 @@ from dcompile.compiler.plan import Plan, taylor
 from dcompile.compiler.program import Decision, Program
 from dcompile.exporters.bundle import write_bundle
 from dcompile.exporters.lower import Layout, lower
-from dcompile.exporters.onnx import TARGET
+from dcompile.exporters.onnx.target import TARGET
 from dcompile.exporters.parity import FP32_TOLERANCE, check_parity
 from dcompile.exporters.target import TargetOptions
 from dcompile.passes.cache_steps import CacheSteps

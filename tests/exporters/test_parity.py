@@ -14,7 +14,7 @@ from dcompile.compiler.calibrate import Calibration
 from dcompile.compiler.errors import InternalError
 from dcompile.compiler.program import Decision, Program
 from dcompile.exporters.lower import Lowered, lower
-from dcompile.exporters.onnx import WEIGHTS_FILE, export_engines
+from dcompile.exporters.onnx.target import WEIGHTS_FILE, export_engines
 from dcompile.exporters.parity import FP32_TOLERANCE, Parity, check_parity
 from dcompile.exporters.rounding import without_rounding
 from dcompile.passes.cache_steps import CacheSteps

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dcompile.compiler.step_graph import flatten
 from dcompile.compiler.variants import Variant
-from dcompile.exporters import aoti
+from dcompile.exporters.aoti import target as aoti
 from dcompile.exporters.lower import Lowered
 from dcompile.exporters.target import TargetOptions
 from dcompile.quant import formats

@@ -130,7 +130,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import onnx
     from onnx_graphs import FLOAT, Graph
 
-    from dcompile.exporters.tensorrt_builder import build_engine, choose_package
+    from dcompile.exporters.tensorrt.builder import build_engine, choose_package
 
     own = compute_capability()
     assert own is not None

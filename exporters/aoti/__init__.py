@@ -1,0 +1,1 @@
+"""Engines of the target "aoti", packages of AOTInductor."""

@@ -1,0 +1,1 @@
+"""Engines of the target "trt", for TensorRT and TensorRT for RTX."""
