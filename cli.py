@@ -296,6 +296,66 @@ def passes() -> None:
     out.print(passes_table())
 
 
+deploy = typer.Typer(no_args_is_help=True, help="Write a bundle in the form in which it is served or shipped.")
+app.add_typer(deploy, name="deploy")
+
+
+@deploy.command("dir")
+def deploy_dir(
+    bundle: Annotated[Path, typer.Argument(help="A bundle directory.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; a bundle that is there is replaced.")],
+    python: Annotated[
+        bool, typer.Option("--python", help="Add the Python runtime, for machines that have no dcompile.")
+    ] = False,
+) -> None:
+    """Strip BUNDLE to what the runtimes read, and tell the sizes."""
+    from .exporters.deploy.folder import deploy_dir as write_dir
+
+    done = write_dir(bundle, output, with_runtime=python)
+    sizes = {"bundle": _megabytes(done.before_bytes), "deployed": _megabytes(done.after_bytes)}
+    _lines(folder=output, **sizes, **({"runtime": _megabytes(done.runtime_bytes)} if python else {}))
+
+
+@deploy.command("triton")
+def deploy_triton(
+    bundle: Annotated[Path, typer.Argument(help="A bundle directory.")],
+    repository: Annotated[Path, typer.Argument(help="Model repository of a Triton Inference Server.")],
+    name: Annotated[str, typer.Option(help="What clients call the model; deployed again, it gets a new version.")],
+    instances: Annotated[int, typer.Option(min=1, help="Processes, on each GPU if there are any.")] = 1,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Samples generated at once. (default: 8, or the bundle's largest)")
+    ] = None,
+    max_queue_delay_us: Annotated[
+        int, typer.Option(min=0, help="How long a request waits for others to be merged with.")
+    ] = 5000,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of an engine, in each instance. (default: it decides)")
+    ] = None,
+    gpus: Annotated[str | None, typer.Option(help="Numbers of the GPUs to run on: 0,1. (default: the CPU)")] = None,
+) -> None:
+    """Add BUNDLE to the model repository of a Triton Inference Server, with all that it needs to run there."""
+    from .exporters.deploy.triton import deploy_triton as write_model
+    from .exporters.deploy.triton_config import Serving
+
+    serving = Serving(instances, max_batch, max_queue_delay_us, threads, _numbers("--gpus", gpus))
+    done = write_model(bundle, repository, name, serving)
+    batching = f"one request at a time: {done.alone}" if done.alone else "merges requests that wait at the same time"
+    _lines(model=done.folder / str(done.version), size=_megabytes(done.size_bytes), batching=batching,
+           next=f"tritonserver --model-repository={repository}")  # fmt: skip
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """0,1 -> (0, 1)."""
+    words = text.split(",") if text is not None else []
+    if not all(word.strip().isdecimal() for word in words):
+        raise RequestError(f"{option} {text!r}: needed whole numbers, as in 0,1")
+    return tuple(map(int, words))
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.1f} MB"
+
+
 def _lines(**lines: object) -> None:
     """Names and values, one a line, as they are: no markup, no colours, no line breaks inside."""
     width = max(map(len, lines))
@@ -421,6 +481,7 @@ def main() -> None:
 def _with_command(arguments: list[str]) -> list[str]:
     """The arguments, with `build` before those that begin with a model or with an option of build."""
     names = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
+    names += [str(group.name) for group in app.registered_groups]
     if not arguments or arguments[0] in (*names, "-h", "--help", "--version"):
         return arguments
     meant = get_close_matches(arguments[0], names, n=1)

@@ -1,0 +1,1 @@
+"""A finished bundle in the form in which it is served or shipped."""
