@@ -107,7 +107,13 @@ def answered(ask: Callable[[], Any]) -> Any:
 
 
 def counted(server: Running, name: str, model: str = "glyphs") -> float:
-    return server.read_metrics()[f'nv_inference_{name}{{model="{model}",version="1"}}']
+    """The figure once it stands: the server counts a request a moment after it has answered it."""
+    label = f'nv_inference_{name}{{model="{model}",version="1"}}'
+    before, now = None, server.read_metrics()[label]
+    while now != before:
+        time.sleep(0.3)
+        before, now = now, server.read_metrics()[label]
+    return now
 
 
 def test_two_models_are_healthy(http: Any, grpc: Any) -> None:
