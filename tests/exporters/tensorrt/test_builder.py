@@ -149,7 +149,7 @@ folder = Path({folder!r})
 def in_fresh_process(body: str, folder: Path) -> str:
     """What the script prints as it ends: TensorRT keeps one logger a process, and a limit on memory stays."""
     here = Path(__file__).parent
-    setup = SHARED.format(shared=str(here.parent / "shared"), folder=str(folder))
+    setup = SHARED.format(shared=str(here.parents[1] / "shared"), folder=str(folder))
     setup = setup.replace("import sys, onnx", f"import sys, onnx; sys.path.insert(0, {str(here)!r})")
     done = subprocess.run([sys.executable, "-c", setup + body], capture_output=True, text=True, check=True)
     return done.stdout.strip()
