@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.table import Column
 
-from .runtime.errors import DcompileError, RequestError
+from .runtime.errors import DcompileError, RequestError, did_you_mean
 from .runtime.version import __version__
 
 app = typer.Typer(
@@ -294,6 +294,53 @@ def passes() -> None:
     from .exporters.explain import passes_table
 
     out.print(passes_table())
+
+
+@app.command()
+def methods(
+    family: Annotated[str, typer.Argument(help="Of which pass: cache.")] = "cache",
+) -> None:
+    """List the published methods of a pass: what each does, its source, what ours is verified against."""
+    from .exporters.explain import methods_table
+
+    if family not in ("cache", "cache_steps"):
+        raise RequestError(f"methods {family!r}: only cache has methods; `dcompile passes` lists the passes")
+    out.print(methods_table())
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="A model, as for build.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Heat map to write; the figures go beside it, as .csv.")
+    ] = Path("profile.png"),
+    site: Annotated[str, typer.Option(help="block, branch, cut, encoder or output: what is measured.")] = "block",
+    samples: Annotated[int, typer.Option(min=1, help="Samples to run.")] = 4,
+    shape: Annotated[str | None, typer.Option(help="Sample without the batch, for example 4x32x32.")] = None,
+    contract: Annotated[Path | None, typer.Option(help="YAML with the roles of the inputs.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="As for build.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="As for build.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="As for build.")] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Load a pickled module, running the code in it.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Show how much each part of MODEL changes from step to step: what little changes, a cache may reuse."""
+    from .compiler.ingest import Source, ingest
+    from .exporters.profile import SITES, profile_program, profile_table, write_csv, write_heat_map
+
+    if site not in SITES:
+        raise RequestError(f"--site {site!r}: {did_you_mean(site, SITES)}")
+    with _listener(quiet) as listener:
+        listener.stage(f"reading {model}")
+        program = ingest(Source(model, _shape(shape), contract, sampler, steps, guidance, trust_pickle=trust_pickle))
+        listener.stage("running it")
+        found = profile_program(program, site, samples, listener.progress)
+    out.print(profile_table(found))
+    write_csv(found, output.with_suffix(".csv"))
+    write_heat_map(found, output)
+    _lines(figures=output.with_suffix(".csv"), picture=output)
 
 
 deploy = typer.Typer(no_args_is_help=True, help="Write a bundle in the form in which it is served or shipped.")

@@ -23,6 +23,7 @@ from ..compiler.recipe import Recipe, options_of
 from ..compiler.regions import Region
 from ..compiler.rewrite import attribute
 from ..passes import PASSES, SHORT_NAMES
+from ..passes.caching.methods import METHODS
 from ..runtime.manifest import Call, Contract, Manifest, Slot, read, verify
 from .build import check_recipe, inputs_of, source_of
 from .bundle import check_output
@@ -88,7 +89,8 @@ def plan_tree(model: str, output: Path, recipe: Recipe, settings: Settings) -> T
     tree.add(contract_line(program.contract))
     steps = tree.add("passes") if passes else tree.add("no passes: the model as it is")
     for step in passes:
-        options = ", ".join(f"{name}={value}" for name, value in options_of(step).items())
+        given = {name: value for name, value in options_of(step).items() if value is not None}
+        options = ", ".join(f"{name}={value}" for name, value in given.items())
         branch = steps.add(f"[bold]{step.name}[/bold]  {options}".rstrip())
         if step.name == "cache_steps":
             branch.add(_plan_line(program, step))
@@ -186,6 +188,19 @@ def passes_table() -> Table:
     short = {full: name for name, full in SHORT_NAMES.items()}
     table = Table("pass", "short", "options and defaults", "what it does", show_lines=True)
     for name, cls in PASSES.items():
-        options = "\n".join(f"{field.name}={field.default!r}" for field in dataclasses.fields(cls))
+        defaults = {field.name: getattr(cls(), field.name) for field in dataclasses.fields(cls)}
+        options = "\n".join(f"{name}={value!r}" for name, value in defaults.items() if value is not None)
+        if unset := [name for name, value in defaults.items() if value is None]:
+            options += f"\n{', '.join(unset)}"
         table.add_row(name, short.get(name, ""), options, (cls.__doc__ or "").strip().split("\n\n")[0])
+    return table
+
+
+def methods_table() -> Table:
+    """The published cache methods: what each does, where it comes from, what ours is verified against."""
+    table = Table("method", "what it caches, and when", "source", "verified against", show_lines=True)
+    for name, method in METHODS.items():
+        does = method.does + (f"\n[dim]ours: {method.reconstructed}[/dim]" if method.reconstructed else "")
+        table.add_row(f"[bold]{name}[/bold]\n{method.title}", does, method.source, method.checked)
+    table.caption = "as in --passes cache:method=fora,interval=4; `dcompile passes` lists the options"
     return table

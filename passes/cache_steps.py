@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 from torch import fx
 
 from ..compiler import rewrite
 from ..compiler.calibrate import Calibration
 from ..compiler.errors import PassError, RecipeError
-from ..compiler.plan import Plan, Site, every, taylor
+from ..compiler.plan import Mask, Plan, Site, taylor
 from ..compiler.program import Decision, PassResult, Program, Record
-from ..compiler.regions import Region, find_regions
+from ..compiler.regions import find_regions
+from ..compiler.rewrite import aten
+from ..compiler.trace import Trace, Watched, record
+from ..runtime.errors import did_you_mean
+from .caching import replay, schedules
+from .caching.methods import COMMON, METHODS
+from .caching.segmentation import bubbling_union, leader_first
+from .caching.sites import Candidate, Refused, block_lists, find_sites
 
 _ORDERS = {"copy": 0, "delta": 0, "taylor1": 1, "taylor2": 2}
+_MEASURED = ("segments", "hold", "accumulate")  # schedules that recorded runs decide
+_KEY_STEPS = {50: (0, 1, 2, 3, 5, 10, 15, 25, 35)}  # Faster Diffusion's published list, by the number of steps
 
 
 @dataclass(frozen=True)
 class CacheSteps:
-    """Static interval caching on sites found in the graph.
+    """Caching by one of the published methods (`dcompile methods cache` lists them), or by options of your own.
 
-    interval: one step in so many is computed in full; 1 computes all.
-    warmup, last: so many first and last steps are computed in full.
+    method: sets the defaults of all that follows.
+    site: "range" is the run of blocks between the first `front` and the last `back` of each block list; "block" each of
+    them; "runs" runs of neighbours among `blocks`; "stages" the rear half of the blocks before step `turn`, the front
+    half from there on; "branch" each attention or feed-forward before its gate; "cut" the U-Net value that enters the
+    `branch` + 1 last up layers; "encoder" all that a U-Net's decoder reads of its encoder; "output" what the network
+    predicts; "auto" is the "cut" before the last stage for a network with stages, else "range".
+    schedule: "interval" computes the first `warmup` and the `last` steps and one in `interval`; "to_the_end" one in
+    `interval`, counted from the last step; "keys" the steps in `keys`; "quadratic" `budget` steps, denser around
+    `center` (by `power`); "segments" the `budget` steps that dynamic programming finds on recorded runs, by `distance`
+    (bounded: segments of half to twice the interval; each: every site for itself; union: so many of the worst sites add
+    their steps to the feed-forwards after them); "hold" reuses while it is nearer than `threshold` on recorded runs;
+    "accumulate" until the changes of the first block's input add up to `threshold`.
+    budget: number of computed steps; without it, one in `interval`.
     predictor: "copy" of the value; "delta" (value minus the region's input, added to the current input); "taylor1",
     "taylor2": extrapolation from the last computed steps (TaylorSeer, 2503.06923), of the delta for a range of blocks,
     else of the value.
-    site: "range" is the run of blocks between the first `front` and the last `back` of each block list (Delta-DiT,
-    TeaCache); "branch" each attention or feed-forward before its gate (FORA, 2407.01425); "cut" the U-Net feature that
-    enters the last up stage (DeepCache, 2312.00858); "auto" is "cut" for a network with stages, else "range".
 
     Left alone: (1) lists of blocks that are no longer than front + back, (2) streams that do not run through the whole
     range, (3) everything, where the options compute every step.
@@ -38,142 +56,211 @@ class CacheSteps:
 
     name: ClassVar[str] = "cache_steps"
 
-    interval: int = 3
-    warmup: int = 2
-    last: int = 0
-    predictor: Literal["copy", "delta", "taylor1", "taylor2"] = "taylor1"
-    site: Literal["auto", "range", "branch", "cut"] = "auto"
-    front: int = 1
-    back: int = 0
+    method: str = "interval"
+    interval: int | None = None
+    warmup: int | None = None
+    last: int | None = None
+    predictor: Literal["copy", "delta", "taylor1", "taylor2"] | None = None
+    site: Literal["auto", "range", "block", "runs", "stages", "branch", "cut", "encoder", "output"] | None = None
+    front: int | None = None
+    back: int | None = None
+    schedule: Literal["interval", "to_the_end", "keys", "quadratic", "segments", "hold", "accumulate"] | None = None
+    budget: int | None = None
+    threshold: float | None = None
+    distance: Literal["l1", "mse", "cosine"] | None = None
+    keys: tuple[int, ...] | None = None
+    blocks: tuple[str, ...] | None = None
+    branch: int | None = None
+    turn: int | None = None
+    center: float | None = None
+    power: float | None = None
+    each: bool | None = None
+    union: int | None = None
+    bounded: bool | None = None
 
     def __post_init__(self) -> None:
-        for option, least in (("interval", 1), ("warmup", 1), ("last", 0), ("front", 0), ("back", 0)):
-            if getattr(self, option) < least:
-                raise RecipeError(f"cache_steps: {option} is {getattr(self, option)}, needed {least} or more")
-        if self.site in ("branch", "cut") and self.predictor == "delta":
+        if self.method not in METHODS:
+            raise RecipeError(f"cache_steps: no method is called {self.method!r}; {did_you_mean(self.method, METHODS)}")
+        defaults = {**COMMON, **METHODS[self.method].options}
+        for each in fields(self):
+            if getattr(self, each.name) is None and each.name in defaults:
+                object.__setattr__(self, each.name, defaults[each.name])
+        for option, least in (("interval", 1), ("warmup", 1), ("last", 0), ("front", 0), ("back", 0), ("budget", 1)):
+            if (value := getattr(self, option)) is not None and value < least:
+                raise RecipeError(f"cache_steps: {option} is {value}, needed {least} or more")
+        if self.site in ("branch", "cut", "encoder") and self.predictor == "delta":
             raise RecipeError(
                 f"cache_steps: predictor 'delta' needs site 'range' (a {self.site} has no input of the same shape); "
                 "use copy or taylor1"
             )
+        if self.schedule in ("hold", "accumulate") and self.threshold is None:
+            raise RecipeError(f"cache_steps: schedule {self.schedule!r} needs a threshold, as in threshold=0.1")
+
+    # --- what is measured ---
 
     def decide(self, program: Program, calibration: Calibration, /) -> Decision:
-        return Decision()
+        """The computed steps of each unit of sites, where they follow from recorded runs; else nothing."""
+        if program.plan.sites:
+            raise PassError("cache_steps: the program already has cache sites; one cache pass a recipe")
+        choices: dict[str, Any] = {}
+        step = self
+        if self.site == "runs" and not self.blocks:
+            choices["blocks"] = _background(program, calibration)
+            step = replace(self, blocks=tuple(choices["blocks"]))
+        if self.schedule in _MEASURED:
+            sites = step._candidates(program.graph, [])
+            choices["computed"] = step._measured(program, sites, calibration)
+        return Decision(choices)
+
+    def _measured(self, program: Program, sites: Sequence[Candidate], calibration: Calibration) -> dict[str, list[int]]:
+        """Unit -> steps, from one recorded run."""
+        if self.schedule == "accumulate":
+            indicator = Watched("indicator", _indicator(program.graph))
+            changes = record(program, [indicator], calibration).changes["indicator"]
+            assert self.threshold is not None
+            mask = replay.accumulate(changes.tolist(), self.threshold, warmup=_int(self.warmup), last=_int(self.last))
+            return {site.unit: _steps(mask) for site in sites}
+        watched = [Watched(site.name, site.value, site.base if self.predictor == "delta" else None) for site in sites]
+        trace = record(program, watched, calibration)
+        units: dict[str, list[Candidate]] = defaultdict(list)
+        for site in sites:
+            units[site.unit if self.each else "all"].append(site)
+        found = {unit: self._planned(trace, members, program.steps) for unit, members in units.items()}
+        computed = {site.unit: found[site.unit if self.each else "all"] for site in sites}
+        return self._united(computed, sites, trace) if self.union else computed
+
+    def _planned(self, trace: Trace, members: Sequence[Candidate], steps: int) -> list[int]:
+        kind = self.distance or "l1"
+        distance = np.mean([trace.distances(site.name, kind) for site in members], axis=0)
+        if self.schedule == "hold":
+            assert self.threshold is not None
+            return _steps(replay.hold(distance, self.threshold, warmup=_int(self.warmup), last=_int(self.last)))
+        count, interval = self._count(steps), _int(self.interval)
+        least, most = (-(-interval // 2), 2 * interval) if self.bounded else (1, None)
+        return list(leader_first(distance, count, least, most)[0])
+
+    def _united(
+        self, computed: Mapping[str, list[int]], sites: Sequence[Candidate], trace: Trace
+    ) -> dict[str, list[int]]:
+        errors = [float(trace.distances(site.name, "l1").mean()) for site in sites]
+        found = bubbling_union(
+            [tuple(computed[site.unit]) for site in sites],
+            [site.layer for site in sites], [site.feeds for site in sites], errors, _int(self.union),
+        )  # fmt: skip
+        return {site.unit: list(steps) for site, steps in zip(sites, found, strict=True)}
+
+    def _count(self, steps: int) -> int:
+        return min(self.budget or -(-steps // _int(self.interval)), steps)
+
+    # --- what is written ---
 
     def apply(self, program: Program, decision: Decision, /) -> PassResult:
         if program.plan.sites:
             raise PassError("cache_steps: the program already has cache sites; one cache pass a recipe")
-        refused: list[tuple[str, str]] = []
-        computed = every(self.interval, program.steps, self.warmup, self.last)
-        if all(computed):
-            given = f"interval {self.interval}, warmup {self.warmup} and last {self.last}"
-            why = f"{given} compute all {program.steps} steps"
-            return PassResult(program, Record(self.name, refused=(("every site", why),)))
-        reuse, refresh = taylor(computed, _ORDERS[self.predictor])
-        sites = tuple(
-            Site(name, value, base, computed, reuse, refresh)
-            for name, value, base in _told_apart(self._sites(program.graph, refused))
-        )
-        if not sites:
+        refused: Refused = []
+        step = replace(self, blocks=tuple(decision.choices["blocks"])) if "blocks" in decision.choices else self
+        candidates = step._candidates(program.graph, refused)
+        if not candidates:
             raise PassError(
                 f"cache_steps: found no site of kind {self.site!r} in {program.name}; "
                 "`dcompile inspect` shows its regions"
             )
+        masks = {
+            unit: schedules.at(program.steps, steps, "the recorded plan")
+            for unit, steps in decision.choices.get("computed", {}).items()
+        } or {site.unit: step._mask(program.steps, site.unit) for site in candidates}
+        reused = [site for site in candidates if not all(masks[site.unit])]
+        sites = tuple(step._site(site, masks[site.unit]) for site in reused)
+        if not sites:
+            given = f"interval {self.interval}, warmup {self.warmup} and last {self.last}"
+            why = f"{given} compute all {program.steps} steps"
+            return PassResult(program, Record(self.name, refused=(("every site", why),)))
         plan = Plan(program.steps, sites)
         details = {
+            "method": self.method,
             "sites": [site.name for site in sites],
-            "computed_steps": [i for i, full in enumerate(computed) if full],
+            "computed_steps": [i for i in range(program.steps) if all(plan.mask(i))],
         }
         return PassResult(
             replace(program, plan=plan), Record(self.name, changed=len(sites), refused=tuple(refused), details=details)
         )
 
-    def _sites(self, graph: fx.GraphModule, refused: list[tuple[str, str]]) -> Iterator[tuple[str, str, str | None]]:
-        """(name, value node, base node or None) of each site, in graph order."""
-        regions = find_regions(graph)
-        kind = self.site
+    def _candidates(self, graph: fx.GraphModule, refused: Refused) -> tuple[Candidate, ...]:
+        kind, branch = self.site or "auto", self.branch
         if kind == "auto":
-            kind = "cut" if any(region.children for region in regions) else "range"
-        if kind == "range":
-            yield from self._ranges(regions, refused)
-        elif kind == "branch":
-            yield from _branches(regions)
-        else:
-            yield from _cut(graph, regions)
+            kind = "cut" if any(region.children for region in find_regions(graph)) else "range"
+        if kind == "stages":
+            return _stages(graph, refused)
+        return find_sites(
+            graph, kind, front=_int(self.front), back=_int(self.back), branch_id=branch, blocks=self.blocks or (),
+            refused=refused,
+        )  # fmt: skip
 
-    def _ranges(
-        self, regions: tuple[Region, ...], refused: list[tuple[str, str]]
-    ) -> Iterator[tuple[str, str, str | None]]:
-        keeps_delta = self.predictor != "copy"
-        for parent, blocks in block_lists(regions).items():
-            inner = blocks[self.front : len(blocks) - self.back]
-            if not inner:
-                refused.append(
-                    (parent, f"has {len(blocks)} blocks; front {self.front} and back {self.back} leave none to cache")
-                )
-                continue
-            first, last = inner[0], inner[-1]
-            label = f"{_short(parent)}_{_index(first)}_{_index(last)}"
-            for number, stream in enumerate(last.streams):
-                entry = _entry_of(inner, stream.exit)
-                if entry is None:
-                    refused.append((last.path, f"output {stream.exit} carries no stream through all of {label}"))
-                    continue
-                name = label if len(last.streams) == 1 else f"{label}_stream{number}"
-                yield name, stream.exit, entry if keeps_delta else None
+    def _mask(self, steps: int, unit: str) -> Mask:
+        """Of a schedule that needs no measuring. Raises PassError for one that does."""
+        if self.schedule in _MEASURED:
+            raise PassError(f"cache_steps: the steps of schedule {self.schedule!r} follow from recorded runs")
+        interval = _int(self.interval)
+        if self.schedule == "to_the_end":
+            return schedules.interval_to_the_end(steps, interval)
+        if self.schedule == "keys":
+            keys = self.keys or _KEY_STEPS.get(steps) or range(0, steps, interval)
+            return schedules.at(steps, tuple(keys), "cache_steps: keys")
+        if self.schedule == "quadratic":
+            center = 0.3 * steps if self.center is None else self.center
+            return schedules.quadratic(steps, self._count(steps), center, self.power or 1.4)
+        mask = schedules.interval(steps, interval, warmup=_int(self.warmup), last=_int(self.last))
+        if self.site == "stages":
+            turn = steps // 2 if self.turn is None else self.turn
+            return tuple(full or (i >= turn if unit == "rear" else i < turn) for i, full in enumerate(mask))
+        return mask
 
-
-def _told_apart(sites: Iterable[tuple[str, str, str | None]]) -> Iterator[tuple[str, str, str | None]]:
-    """The sites, with a number at the end of a name that came before: a block may use one of its modules twice."""
-    times: Counter[str] = Counter()
-    for name, value, base in sites:
-        times[name] += 1
-        yield name if times[name] == 1 else f"{name}_{times[name]}", value, base
-
-
-def block_lists(regions: tuple[Region, ...]) -> dict[str, list[Region]]:
-    """Top-level blocks by the list that holds them, in order."""
-    lists: dict[str, list[Region]] = {}
-    for region in regions:
-        if region.is_block:
-            lists.setdefault(region.path.rpartition(".")[0], []).append(region)
-    return lists
+    def _site(self, site: Candidate, computed: Mask) -> Site:
+        base = site.base if self.predictor != "copy" else None
+        if self.predictor == "delta" and base is None:
+            raise PassError(
+                f"cache_steps: {site.name} has no input of its own shape, which predictor 'delta' adds to; use copy"
+            )
+        reuse, refresh = taylor(computed, _ORDERS[self.predictor or "copy"])
+        return Site(site.name, site.value, base, computed, reuse, refresh)
 
 
-def _entry_of(blocks: list[Region], output: str) -> str | None:
-    """Follow a stream from the last block's exit back to the first block's entry."""
-    for region in reversed(blocks):
-        stream = region.stream_into(output)
-        if stream is None:
-            return None
-        output = stream.entry
-    return output
+def _int(value: int | None) -> int:
+    return value or 0
 
 
-def _branches(regions: tuple[Region, ...]) -> Iterator[tuple[str, str, str | None]]:
-    for top in regions:
-        for region in top.walk():
-            if not region.is_block:
-                continue
-            for number, stream in enumerate(region.streams):
-                for branch in stream.branches:
-                    suffix = f"_stream{number}" if len(region.streams) > 1 else ""
-                    yield f"{_short(f'{region.path}.{branch.name}')}{suffix}", branch.value, None
+def _steps(mask: Mask) -> list[int]:
+    return [step for step, computes in enumerate(mask) if computes]
 
 
-def _cut(graph: fx.GraphModule, regions: tuple[Region, ...]) -> Iterator[tuple[str, str, str | None]]:
-    """The stage output that enters the last stage, past the deepest part of the network: its other inputs are skips."""
-    stages = [region for region in regions if region.children]
-    if len(stages) < 2:
-        return
-    before, last = stages[-2], stages[-1]
-    names = [name for name in last.inputs if name in before.outputs]
-    if names and rewrite.tensor_of(rewrite.node_named(graph, names[0])) is not None:
-        yield f"{_short(before.path)}_output", names[0], None
+def _stages(graph: fx.GraphModule, refused: Refused) -> tuple[Candidate, ...]:
+    """The front half of each block list as unit "front", the rear half as "rear"."""
+    found: list[Candidate] = []
+    for blocks in block_lists(find_regions(graph)).values():
+        half = len(blocks) // 2
+        for unit, chosen in (("front", blocks[:half]), ("rear", blocks[len(blocks) - half :])):
+            names = [block.path for block in chosen]
+            found += [replace(site, unit=unit) for site in find_sites(graph, "runs", blocks=names, refused=refused)]
+    return tuple(found)
 
 
-def _short(path: str) -> str:
-    return path.removeprefix("net.").replace(".", "_").replace("@", "_")
+def _background(program: Program, calibration: Calibration) -> list[str]:
+    """Paths of the half of the blocks whose residual changes least from step to step."""
+    blocks = [block for blocks in block_lists(find_regions(program.graph)).values() for block in blocks]
+    watched = [Watched(block.path, block.streams[0].exit, block.streams[0].entry) for block in blocks if block.streams]
+    changes = record(program, watched, calibration).changes
+    order = sorted(changes, key=lambda path: float(changes[path].mean()))
+    calm = set(order[: len(order) // 2])
+    return [block.path for block in blocks if block.path in calm]
 
 
-def _index(region: Region) -> str:
-    return region.path.rpartition(".")[2]
+def _indicator(graph: fx.GraphModule) -> str:
+    """The first block's modulated input: what its first linear layer reads. TeaCache measures how much it changes."""
+    for blocks in block_lists(find_regions(graph)).values():
+        entry = rewrite.shape_of(rewrite.node_named(graph, blocks[0].streams[0].entry))
+        for name in blocks[0].nodes:
+            node = rewrite.node_named(graph, name)
+            source = node.args[0] if rewrite.is_call(node, aten.linear.default) else None
+            if isinstance(source, fx.Node) and rewrite.shape_of(source) == entry:
+                return source.name
+    raise PassError("cache_steps: no block reads its input through a linear layer; use another schedule")

@@ -149,7 +149,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     done = command(built.parent / "model", "--passes", "prune,cache:interval=2", "--steps", 4, "--dry-run")
     assert done.returncode == 0
     assert "-> build/built0  (dry run: nothing is measured or written)" in done.stdout
-    assert "cache_steps  interval=2, warmup=2" in done.stdout
+    assert "cache_steps  method=interval, interval=2, warmup=2" in done.stdout
     assert names_in(tmp_path) == set()
     refused = command(built.parent / "model", "--passes", "prune:ratoi=2", "--dry-run")
     assert (refused.returncode, refused.stdout) == (2, "")

@@ -186,8 +186,8 @@ def program_without_sites(program: Program) -> Program:
 
 def test_the_cut_of_a_unet_is_the_deep_part(unet: Program) -> None:
     segments = check(cached(unet, predictor="copy"))
-    assert list(segments.calls.values()) == [("head", "up_blocks_0_output", "finish"), ("head", "finish")]
-    deep = rewrite.weight_names(segments.engines["up_blocks_0_output"].graph)
+    assert list(segments.calls.values()) == [("head", "cut1", "finish"), ("head", "finish")]
+    deep = rewrite.weight_names(segments.engines["cut1"].graph)
     assert any(name.startswith("net.mid_block") for name in deep)
     assert not any(name.startswith(("net.conv_in", "net.conv_out", "net.up_blocks.1")) for name in deep)
 

@@ -97,7 +97,7 @@ def test_module_that_a_block_uses_twice_makes_two_sites(tokens: Program, monkeyp
 
 def test_cut_is_what_enters_the_last_stage_from_below(unet: Program) -> None:
     (site,) = cache(unet).program.plan.sites
-    assert site.name == "up_blocks_0_output"
+    assert site.name == "cut1"
     assert site.base is None
     _, *_, before, last = find_regions(unet.graph)
     assert (before.path, last.path) == ("net.up_blocks.0", "net.up_blocks.1")
@@ -118,7 +118,11 @@ def test_auto_is_a_cut_where_there_are_stages(name: str, kind: str, program_of: 
 def test_record_and_plan(dit: Program) -> None:
     result = cache(dit, interval=3, warmup=1, last=1)
     assert result.record.changed == 1
-    assert result.record.details == {"sites": ["transformer_blocks_1_2"], "computed_steps": [0, 3, 5]}
+    assert result.record.details == {
+        "method": "interval",
+        "sites": ["transformer_blocks_1_2"],
+        "computed_steps": [0, 3, 5],
+    }
     assert result.program.graph is dit.graph
     (site,) = result.program.plan.sites
     assert [step for step, computed in enumerate(site.computed) if computed] == [0, 3, 5]

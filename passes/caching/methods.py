@@ -1,0 +1,133 @@
+"""The published cache methods, each as options of the one pass: what it caches, when, and how it predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """source: arXiv number, or what it stands for. checked: what our form of it is verified against, in the tests.
+
+    reconstructed: parts that no public code or text gives, and that are ours. options: its defaults, over COMMON.
+    """
+
+    title: str
+    source: str
+    does: str
+    checked: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reconstructed: str = ""
+
+
+# What every method starts from.
+COMMON: Mapping[str, Any] = {
+    "site": "auto",
+    "schedule": "interval",
+    "predictor": "copy",
+    "interval": 3,
+    "warmup": 1,
+    "last": 0,
+    "front": 0,
+    "back": 0,
+}
+
+METHODS: Mapping[str, Method] = {
+    "interval": Method(
+        "Interval",
+        "ours",
+        "a range of blocks (a U-Net: its cut) extrapolated between every few steps",
+        "refresh at every step changes nothing; TaylorSeer's factors; diffusers' FirstBlockCache",
+        {"predictor": "taylor1", "warmup": 2, "front": 1},
+    ),
+    "fora": Method(
+        "FORA",
+        "2407.01425",
+        "attention and feed-forward before their gates, copied; counted from the last step",
+        "closed form of its schedule; branch sites against diffusers' hooks",
+        {"site": "branch", "schedule": "to_the_end"},
+    ),
+    "deepcache": Method(
+        "DeepCache",
+        "2312.00858",
+        "the U-Net value that enters the last up layers, copied (branch: how many of them still run)",
+        "package DeepCache, every branch",
+        {"site": "cut", "branch": 0},
+    ),
+    "deepcache_nonuniform": Method(
+        "DeepCache, non-uniform",
+        "2312.00858",
+        "the same, on steps that are denser around `center`",
+        "its published step lists",
+        {"site": "cut", "branch": 0, "schedule": "quadratic", "power": 1.4},
+    ),
+    "faster_diffusion": Method(
+        "Faster Diffusion",
+        "2312.09608",
+        "all that a U-Net's decoder reads of its encoder, copied; the decoder runs at every step with its own time",
+        "its published key steps; refresh at every step changes nothing",
+        {"site": "encoder", "schedule": "keys", "interval": 4},
+    ),
+    "delta_dit": Method(
+        "Δ-DiT",
+        "2406.01125",
+        "the rear blocks' residual at early steps, the front blocks' after them",
+        "refresh at every step changes nothing; each step computes one end",
+        {"site": "stages", "predictor": "delta", "interval": 2},
+        reconstructed="the number of blocks (3/4 of them) and the step at which the ends change places (half way)",
+    ),
+    "profilingdit": Method(
+        "ProfilingDiT",
+        "2504.03140",
+        "residuals of runs of background blocks, after a warm-up",
+        "replay of its runs in PyTorch; refresh at every step changes nothing",
+        {"site": "runs", "predictor": "delta", "interval": 6, "warmup": 6},
+        reconstructed="which blocks are background: the half whose residual changes least from step to step",
+    ),
+    "bac": Method(
+        "BAC",
+        "2506.13456",
+        "each branch on steps of its own, by dynamic programming; feed-forwards also on those of the worst before",
+        "brute force for the dynamic program",
+        {"site": "branch", "schedule": "segments", "distance": "cosine", "union": 3, "each": True},
+    ),
+    "segments": Method(
+        "Segments",
+        "2504.05741, 2503.01323",
+        "a range of blocks on the steps that dynamic programming finds (DDT's planner, on any site)",
+        "brute force; its published golden values",
+        {"front": 1, "schedule": "segments", "distance": "l1"},
+    ),
+    "cachequant": Method(
+        "CacheQuant",
+        "2503.01323",
+        "the U-Net cut on steps by dynamic programming, in segments of half to twice the interval",
+        "brute force; its published golden values",
+        {"site": "cut", "branch": 0, "schedule": "segments", "distance": "l1", "bounded": True},
+        reconstructed="without the affine corrections by channel, so far",
+    ),
+    "taylorseer": Method(
+        "TaylorSeer",
+        "2503.06923",
+        "each branch extrapolated by backward differences (lite, site=range: the last block's output alone)",
+        "diffusers' TaylorSeer hooks; its golden values",
+        {"site": "branch", "predictor": "taylor2", "interval": 4, "warmup": 2},
+    ),
+    "ertacache": Method(
+        "ERTACache",
+        "2508.21091",
+        "what the network predicts, as its difference from the input, held while it stays near enough on recorded runs",
+        "refresh at every step changes nothing; the replay against its definition",
+        {"site": "output", "predictor": "delta", "schedule": "hold", "threshold": 0.1, "warmup": 2},
+        reconstructed="without its correction of step sizes and of the error",
+    ),
+    "teacache": Method(
+        "TeaCache",
+        "2411.19108",
+        "the whole stack's residual, once the changes of the modulated input add up; frozen by replay",
+        "its accumulator's golden decisions; refresh at every step changes nothing",
+        {"site": "range", "predictor": "delta", "schedule": "accumulate", "threshold": 0.15, "last": 1},
+    ),
+}  # fmt: skip

@@ -1,0 +1,64 @@
+"""Masks against the published step lists, and what they refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dcompile.compiler.errors import PassError
+from dcompile.compiler.plan import Mask
+from dcompile.passes.caching import replay, schedules
+
+
+def steps(mask: Mask) -> list[int]:
+    return [step for step, computes in enumerate(mask) if computes]
+
+
+def test_interval_is_that_of_taylorseer() -> None:
+    """Official DiT code, 50 steps, interval 4, first_enhance 2, counted down: 49, 48, 44, 40, ..., 4, 0."""
+    computed = steps(schedules.interval(50, 4, warmup=2))
+    assert [49 - step for step in computed] == [49, 48, *range(44, -1, -4)]
+    assert steps(schedules.interval(10, 4, warmup=2, last=2)) == [0, 1, 5, 8, 9]
+    assert steps(schedules.interval(6, 2)) == [0, 2, 4]  # DeepCache's: i % N == 0
+
+
+def test_fora_counts_from_the_last_step() -> None:
+    """Official code: step s, counted down from T - 1, computes if it is T - 1 or s % N == 0."""
+    for total, every in ((10, 2), (10, 3), (10, 4), (250, 3)):
+        official = [s == total - 1 or s % every == 0 for s in range(total - 1, -1, -1)]
+        assert schedules.interval_to_the_end(total, every) == tuple(official)
+
+
+@pytest.mark.parametrize(
+    ("center", "power", "published"),
+    [(15, 1.4, [0, 5, 9, 13, 17, 21, 26, 31, 37, 43]), (10, 1.2, [0, 5, 9, 12, 16, 21, 26, 32, 38, 43])],
+)
+def test_quadratic_is_deepcaches_non_uniform(center: float, power: float, published: list[int]) -> None:
+    assert steps(schedules.quadratic(50, 10, center, power)) == published
+
+
+def test_what_cannot_be_planned_is_refused() -> None:
+    with pytest.raises(PassError, match=r"no non-uniform schedule has 6 of 6 steps around step 2"):
+        schedules.quadratic(6, 6, 2, 1.4)
+    with pytest.raises(PassError, match=r"keys leaves step 0 out, which has nothing to reuse; begin with 0"):
+        schedules.at(6, (1, 3), "keys")
+    with pytest.raises(PassError, match=r"keys has step 6, the sampler has 0 to 5; give others"):
+        schedules.at(6, (0, 6), "keys")
+
+
+def test_teacaches_accumulator() -> None:
+    """Its golden: rel_i = .02 (1 + i mod 5), threshold .15, 20 steps, the polynomial that changes nothing."""
+    changes = [0.02 * (1 + i % 5) for i in range(20)]
+    assert steps(replay.accumulate(changes, 0.15)) == [0, 3, 6, 9, 13, 16, 19]
+    assert steps(replay.accumulate(changes, 0.0)) == list(range(20))
+    assert steps(replay.accumulate(changes, 99.0, warmup=2, last=0)) == [0, 1]
+    assert replay.accumulate(changes, 0.3, polynomial=(2.0, 0.0)) == replay.accumulate(changes, 0.15)
+
+
+def test_hold_compares_with_what_is_held() -> None:
+    position = np.array([0, 1, 2, 3, 10, 11, 12], float)
+    distance = abs(position[:, None] - position[None])
+    assert steps(replay.hold(distance, 2.5)) == [0, 3, 4]
+    assert steps(replay.hold(distance, 2.5, warmup=2, last=1)) == [0, 1, 4, 6]
+    assert steps(replay.hold(distance, 99, longest=2)) == [0, 3, 6]
+    assert steps(replay.hold(distance, 0.0)) == list(range(7))
