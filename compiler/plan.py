@@ -27,6 +27,8 @@ class Site:
     value: node name. base: node name that the reuse value is added to (residual delta), or None (copy).
     computed: [steps], True where the step computes the value.
     reuse: float32 [steps, states]. refresh: float32 [steps, states - 1].
+    correction: float32 [steps, 2, channels], or None: what is reused is multiplied by the first row and has the second
+    added. Channels are the value's second dimension where it has four or more, else its last.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Site:
     computed: Mask
     reuse: NDArray[np.float32]
     refresh: NDArray[np.float32]
+    correction: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         if not self.computed or not self.computed[0]:

@@ -31,12 +31,14 @@ def state_slot(site: Site, order: int) -> str:
 
 
 def cache_tables(program: Program) -> dict[str, Tensor]:
-    """Per-step coefficients of every site: '<site>.reuse' [steps, states] and '<site>.refresh' [steps, states - 1]."""
+    """Per-step coefficients of every site, as '<site>.reuse', '.refresh' and '.correction': see Site."""
     tables = {}
     for site in program.plan.sites:  # copies: sites of one plan may share an array, which a file of tables may not hold
         tables[f"{site.name}.reuse"] = torch.from_numpy(site.reuse).clone()
         if site.states > 1:
             tables[f"{site.name}.refresh"] = torch.from_numpy(site.refresh).clone()
+        if site.correction is not None:
+            tables[f"{site.name}.correction"] = torch.from_numpy(site.correction).clone()
     return tables
 
 
@@ -110,7 +112,25 @@ def reused_value(
             term = rewrite.call(module, value, aten.mul.Tensor, term, factor)
         total = term if total is None else rewrite.call(module, value, aten.add.Tensor, total, term)
     assert total is not None
+    if site.correction is not None:
+        total = _corrected(module, site, value, total, inputs)
     return total if base is None else rewrite.call(module, value, aten.add.Tensor, base, total)
+
+
+def _corrected(
+    module: fx.GraphModule, site: Site, value: fx.Node, total: fx.Node, inputs: dict[str, tuple[str, str]]
+) -> fx.Node:
+    rows = _table_input(module, site, "correction", inputs)
+    rank = len(rewrite.shape_of(value))
+    shape = [-1] + [1] * (rank - 2) if rank >= 4 else [-1]
+    slope, offset = (
+        rewrite.call(
+            module, value, aten.reshape.default, rewrite.call(module, value, aten.select.int, rows, 0, row), shape
+        )
+        for row in range(2)
+    )
+    scaled = rewrite.call(module, value, aten.mul.Tensor, total, slope)
+    return rewrite.call(module, value, aten.add.Tensor, scaled, offset)
 
 
 def _state_input(
@@ -122,7 +142,7 @@ def _state_input(
 
 
 def _table_input(module: fx.GraphModule, site: Site, kind: str, inputs: dict[str, tuple[str, str]]) -> fx.Node:
-    rows = site.reuse if kind == "reuse" else site.refresh
+    rows = getattr(site, kind)
     return _input(module, f"{site.name}_{kind}", ("table", f"{site.name}.{kind}"), torch.from_numpy(rows[0]), inputs)
 
 

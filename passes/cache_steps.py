@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import fx
 
 from ..compiler import rewrite
@@ -20,6 +21,7 @@ from ..compiler.rewrite import aten
 from ..compiler.trace import Trace, Watched, record
 from ..runtime.errors import did_you_mean
 from .caching import replay, schedules
+from .caching.fits import fit_copies
 from .caching.methods import COMMON, METHODS
 from .caching.segmentation import bubbling_union, leader_first
 from .caching.sites import Candidate, Refused, block_lists, find_sites
@@ -49,6 +51,7 @@ class CacheSteps:
     predictor: "copy" of the value; "delta" (value minus the region's input, added to the current input); "taylor1",
     "taylor2": extrapolation from the last computed steps (TaylorSeer, 2503.06923), of the delta for a range of blocks,
     else of the value.
+    correct: multiply and add to what is copied, by step and channel, as least squares on recorded runs has it.
 
     Left alone: (1) lists of blocks that are no longer than front + back, (2) streams that do not run through the whole
     range, (3) everything, where the options compute every step.
@@ -77,6 +80,7 @@ class CacheSteps:
     each: bool | None = None
     union: int | None = None
     bounded: bool | None = None
+    correct: bool | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -93,6 +97,8 @@ class CacheSteps:
                 f"cache_steps: predictor 'delta' needs site 'range' (a {self.site} has no input of the same shape); "
                 "use copy or taylor1"
             )
+        if self.correct and self.predictor != "copy":
+            raise RecipeError(f"cache_steps: correct needs predictor 'copy', found {self.predictor!r}")
         if self.schedule in ("hold", "accumulate") and self.threshold is None:
             raise RecipeError(f"cache_steps: schedule {self.schedule!r} needs a threshold, as in threshold=0.1")
 
@@ -110,7 +116,11 @@ class CacheSteps:
         if self.schedule in _MEASURED:
             sites = step._candidates(program.graph, [])
             choices["computed"] = step._measured(program, sites, calibration)
-        return Decision(choices)
+        if not self.correct:
+            return Decision(choices)
+        masks = step._masks(program, step._candidates(program.graph, []), choices)
+        fits = fit_copies(program, {site.value: mask for site, mask in masks.items()}, calibration)
+        return Decision(choices, {site.name: fits[site.value] for site in masks})
 
     def _measured(self, program: Program, sites: Sequence[Candidate], calibration: Calibration) -> dict[str, list[int]]:
         """Unit -> steps, from one recorded run."""
@@ -165,12 +175,10 @@ class CacheSteps:
                 f"cache_steps: found no site of kind {self.site!r} in {program.name}; "
                 "`dcompile inspect` shows its regions"
             )
-        masks = {
-            unit: schedules.at(program.steps, steps, "the recorded plan")
-            for unit, steps in decision.choices.get("computed", {}).items()
-        } or {site.unit: step._mask(program.steps, site.unit) for site in candidates}
-        reused = [site for site in candidates if not all(masks[site.unit])]
-        sites = tuple(step._site(site, masks[site.unit]) for site in reused)
+        masks = step._masks(program, candidates, decision.choices)
+        sites = tuple(
+            step._site(site, mask, decision.tensors.get(site.name)) for site, mask in masks.items() if not all(mask)
+        )
         if not sites:
             given = f"interval {self.interval}, warmup {self.warmup} and last {self.last}"
             why = f"{given} compute all {program.steps} steps"
@@ -196,6 +204,13 @@ class CacheSteps:
             refused=refused,
         )  # fmt: skip
 
+    def _masks(self, program: Program, sites: Sequence[Candidate], choices: Mapping[str, Any]) -> dict[Candidate, Mask]:
+        """The steps at which each site is computed: as decided, else by the schedule."""
+        if "computed" in choices:
+            found = choices["computed"]
+            return {site: schedules.at(program.steps, found[site.unit], "the recorded plan") for site in sites}
+        return {site: self._mask(program.steps, site.unit) for site in sites}
+
     def _mask(self, steps: int, unit: str) -> Mask:
         """Of a schedule that needs no measuring. Raises PassError for one that does."""
         if self.schedule in _MEASURED:
@@ -215,14 +230,14 @@ class CacheSteps:
             return tuple(full or (i >= turn if unit == "rear" else i < turn) for i, full in enumerate(mask))
         return mask
 
-    def _site(self, site: Candidate, computed: Mask) -> Site:
+    def _site(self, site: Candidate, computed: Mask, correction: NDArray[np.float32] | None) -> Site:
         base = site.base if self.predictor != "copy" else None
         if self.predictor == "delta" and base is None:
             raise PassError(
                 f"cache_steps: {site.name} has no input of its own shape, which predictor 'delta' adds to; use copy"
             )
         reuse, refresh = taylor(computed, _ORDERS[self.predictor or "copy"])
-        return Site(site.name, site.value, base, computed, reuse, refresh)
+        return Site(site.name, site.value, base, computed, reuse, refresh, correction)
 
 
 def _int(value: int | None) -> int:

@@ -1,18 +1,25 @@
-"""Least squares from sums that grow with each batch: y ≈ slope * x + offset, by step and channel."""
+"""Least squares on recorded runs: what a copy is multiplied with and what is added, by step and channel."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from ...compiler.calibrate import Calibration
+from ...compiler.plan import Mask
+from ...compiler.program import Program
 
 Floats = NDArray[np.float64]
 
 
 @dataclass
 class AffineFit:
-    """Sums over what was added so far, one for each channel (the last axis of what is added)."""
+    """y ≈ slope * x + offset from sums that grow with each batch, one for each channel (the last axis)."""
 
     count: int = 0
     sums: dict[str, Floats] = field(default_factory=dict)
@@ -27,8 +34,41 @@ class AffineFit:
     def solve(self) -> tuple[Floats, Floats]:
         """(slope, offset) [channels]; a channel whose x does not vary keeps slope 1."""
         mean_x, mean_y = self.sums["x"] / self.count, self.sums["y"] / self.count
-        variance = self.sums["xx"] / self.count - mean_x**2
-        covariance = self.sums["xy"] / self.count - mean_x * mean_y
-        varies = variance > 1e-12 * np.maximum(self.sums["xx"] / self.count, 1e-30)
+        square = self.sums["xx"] / self.count
+        variance, covariance = square - mean_x**2, self.sums["xy"] / self.count - mean_x * mean_y
+        varies = variance > 1e-12 * np.maximum(square, 1e-30)
         slope = np.where(varies, covariance / np.where(varies, variance, 1.0), 1.0)
         return slope, mean_y - slope * mean_x
+
+
+def fit_copies(
+    program: Program, computed: Mapping[str, Mask], calibration: Calibration
+) -> dict[str, NDArray[np.float32]]:
+    """Node name -> float32 [T, 2, channels], slope and offset of each step that copies; 1 and 0 where it computes.
+
+    computed: node name -> steps that compute it. Fitted on the trajectory of the program without sites, like CacheQuant
+    (2503.01323), whose official slope is (n - 1) / n of this one.
+    """
+    leaders: dict[str, Floats] = {}
+    found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in computed}
+
+    def take(step: int, node: str, value: Tensor) -> None:
+        rows = by_channel(value)
+        if computed[node][step]:
+            leaders[node] = rows
+            slope, offset = np.ones(rows.shape[1]), np.zeros(rows.shape[1])
+        else:
+            fit = AffineFit()
+            fit.add(leaders[node], rows)
+            slope, offset = fit.solve()
+        found[node].append(np.stack([slope, offset]).astype(np.float32))
+
+    calibration.observe(program, list(computed), take, "fitting the correction")
+    return {name: np.stack(rows) for name, rows in found.items()}
+
+
+def by_channel(value: Tensor) -> Floats:
+    """[n, channels] of a value whose channels are its second dimension where it has four or more, else its last."""
+    moved = value.movedim(1, -1) if value.dim() >= 4 else value
+    result: Floats = moved.reshape(-1, moved.shape[-1]).to(torch.float64).numpy()
+    return result

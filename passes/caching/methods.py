@@ -103,10 +103,10 @@ METHODS: Mapping[str, Method] = {
     "cachequant": Method(
         "CacheQuant",
         "2503.01323",
-        "the U-Net cut on steps by dynamic programming, in segments of half to twice the interval",
-        "brute force; its published golden values",
-        {"site": "cut", "branch": 0, "schedule": "segments", "distance": "l1", "bounded": True},
-        reconstructed="without the affine corrections by channel, so far",
+        "the U-Net cut on steps by dynamic programming, corrected by a slope and an offset for each channel",
+        "brute force; numpy.linalg.lstsq",
+        {"site": "cut", "branch": 0, "schedule": "segments", "distance": "l1", "bounded": True, "correct": True},
+        reconstructed="without its second correction, of the error of quantisation",
     ),
     "taylorseer": Method(
         "TaylorSeer",

@@ -1,0 +1,148 @@
+"""Every cache method on both example models at three budgets: speed of the artifact, and what it costs.
+
+    python benchmarks/cache.py [--models glyphs] [--methods fora,bac] [--budgets 1] [--samples 144] [--threads 2]
+
+Each row is a whole build for ONNX Runtime in fp32 without any other pass, compared with the uncompressed bundle by the
+same seeds: latency of 16 samples, interleaved. Rows are kept in benchmarks/results/cache.csv as they come, and those
+that are there are not measured again (--again does). Draws benchmarks/results/cache.png: speed against PSNR, Fréchet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import dcompile
+from dcompile.exporters.settings import Settings, default_cache
+from dcompile.passes.caching.methods import METHODS
+from dcompile.runtime.errors import DcompileError
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+TABLE, PLOT = RESULTS / "cache.csv", RESULTS / "cache.png"
+MODELS = ("glyphs", "glyphs_unet")
+FIELDS = (
+    "model", "method", "options", "computed_steps", "latency_s", "speedup", "psnr", "ssim", "accuracy", "frechet",
+    "accuracy_before", "frechet_before", "samples", "flops_ratio",
+)  # fmt: skip
+# From careful to bold, where intervals of 2, 3 and 5 are not the method's own measure.
+BUDGETS: dict[str, tuple[str, ...]] = {
+    "deepcache_nonuniform": ("budget=15", "budget=10", "budget=6"),
+    "profilingdit": ("interval=2", "interval=4", "interval=6"),
+    "ertacache": ("threshold=0.05", "threshold=0.1", "threshold=0.2"),
+    "teacache": ("threshold=0.1", "threshold=0.2", "threshold=0.4"),
+}
+INTERVALS = ("interval=2", "interval=3", "interval=5")
+U_NETS_ONLY = ("deepcache", "deepcache_nonuniform", "faster_diffusion", "cachequant")
+DITS_ONLY = ("delta_dit", "profilingdit", "bac", "teacache")
+
+
+def cases(models: list[str], methods: list[str], budgets: int) -> list[tuple[str, str, str]]:
+    """The boldest first of each method would mislead least alone: so the middle one, then the others."""
+    order = (1, 2, 0)[:budgets]
+    return [
+        (model, method, BUDGETS.get(method, INTERVALS)[place])
+        for place in order
+        for model in models
+        for method in methods
+        if method not in (DITS_ONLY if model == "glyphs_unet" else U_NETS_ONLY)
+    ]
+
+
+def measure(model: str, method: str, options: str, samples: int, threads: int) -> dict[str, Any]:
+    recipe = dcompile.Recipe(
+        passes=(f"cache:method={method},{options}",), eval_samples=samples, judge=ROOT / "examples/glyphs"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(cache=default_cache(), threads=threads)
+        report = dcompile.compile(str(ROOT / "examples" / model / "model"), Path(folder) / "b", recipe, settings).report
+    rows = {row["metric"]: row for row in report["table"]}
+    latency = rows["latency_s"]
+    stage = report["passes"][0]
+    return {
+        "model": model,
+        "method": method,
+        "options": options,
+        "computed_steps": len(stage["details"]["computed_steps"]),
+        "latency_s": latency["after"],
+        "speedup": latency["before"] / latency["after"],
+        **{name: rows[name]["after"] for name in ("psnr", "ssim", "accuracy", "frechet")},
+        "accuracy_before": rows["accuracy"]["before"],
+        "frechet_before": rows["frechet"]["before"],
+        "samples": samples,
+        "flops_ratio": rows["flops"]["before"] / rows["flops"]["after"],
+    }
+
+
+def read() -> list[dict[str, Any]]:
+    if not TABLE.exists():
+        return []
+    with TABLE.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    with TABLE.open("w", newline="") as stream:
+        table = csv.DictWriter(stream, FIELDS)
+        table.writeheader()
+        table.writerows(sorted(rows, key=lambda row: (row["model"], row["method"], row["options"])))
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Speed against PSNR and against Fréchet distance, one panel a model; a line joins the budgets of a method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = sorted({row["model"] for row in rows})
+    figure = Figure(figsize=(11, 4.6 * len(models)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(models), 2, squeeze=False)
+    for model, (left, right) in zip(models, panels, strict=True):
+        own = [row for row in rows if row["model"] == model]
+        for number, method in enumerate(sorted({row["method"] for row in own})):
+            points = sorted((float(r["speedup"]), r) for r in own if r["method"] == method)
+            style = {"color": f"C{number % 10}", "marker": "osD^vP*X"[number % 8], "label": method, "markersize": 6}
+            for axes, metric in ((left, "psnr"), (right, "frechet")):
+                axes.plot([speed for speed, _ in points], [float(row[metric]) for _, row in points], **style)
+        right.axhline(float(own[0]["frechet_before"]), color="0.5", linestyle=":", label="uncompressed")
+        for axes, what in ((left, "PSNR to the uncompressed model, dB"), (right, "Fréchet distance to real data")):
+            axes.set_xlabel("times faster, ONNX Runtime")
+            axes.set_ylabel(what)
+            axes.set_title(model)
+            axes.grid(alpha=0.3)
+        right.legend(fontsize=7, ncols=2)
+    figure.savefig(PLOT)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--budgets", type=int, default=3, choices=(1, 2, 3))
+    parser.add_argument("--samples", type=int, default=144)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--again", action="store_true")
+    given = parser.parse_args()
+    rows = read()
+    for case in cases(given.models.split(","), given.methods.split(","), given.budgets):
+        known = [row for row in rows if (row["model"], row["method"], row["options"]) == case]
+        if known and not given.again:
+            continue
+        try:
+            row = measure(*case, given.samples, given.threads)
+        except DcompileError as error:
+            print(f"{' '.join(case)}: {error}", file=sys.stderr, flush=True)
+            continue
+        rows = [each for each in rows if each not in known] + [row]
+        write(rows)
+        print(" ".join(case), f"{row['speedup']:.2f}x", f"{row['psnr']:.1f} dB", flush=True)
+    draw(rows)
+
+
+if __name__ == "__main__":
+    main()
