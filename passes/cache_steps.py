@@ -23,11 +23,12 @@ from ..runtime.errors import did_you_mean
 from .caching import replay, schedules
 from .caching.fits import fit_copies
 from .caching.methods import COMMON, METHODS
+from .caching.router import learn_masks
 from .caching.segmentation import bubbling_union, leader_first
 from .caching.sites import Candidate, Refused, block_lists, find_sites
 
 _ORDERS = {"copy": 0, "delta": 0, "taylor1": 1, "taylor2": 2}
-_MEASURED = ("segments", "hold", "accumulate")  # schedules that recorded runs decide
+_MEASURED = ("segments", "hold", "accumulate", "learned", "learned_pairs")  # schedules that recorded runs decide
 _KEY_STEPS = {50: (0, 1, 2, 3, 5, 10, 15, 25, 35)}  # Faster Diffusion's published list, by the number of steps
 
 
@@ -47,6 +48,8 @@ class CacheSteps:
     (bounded: segments of half to twice the interval; each: every site for itself; union: so many of the worst sites add
     their steps to the feed-forwards after them); "hold" reuses while it is nearer than `threshold` on recorded runs;
     "accumulate" until the changes of the first block's input add up to `threshold`.
+    "learned" the evaluations whose gates a training of `runs` trajectories leaves most open, a `share` of all;
+    "learned_pairs" so at every second step, the others computing everything.
     budget: number of computed steps; without it, one in `interval`.
     predictor: "copy" of the value; "delta" (value minus the region's input, added to the current input); "taylor1",
     "taylor2": extrapolation from the last computed steps (TaylorSeer, 2503.06923), of the delta for a range of blocks,
@@ -67,7 +70,12 @@ class CacheSteps:
     site: Literal["auto", "range", "block", "runs", "stages", "branch", "cut", "encoder", "output"] | None = None
     front: int | None = None
     back: int | None = None
-    schedule: Literal["interval", "to_the_end", "keys", "quadratic", "segments", "hold", "accumulate"] | None = None
+    schedule: (
+        Literal[
+            "interval", "to_the_end", "keys", "quadratic", "segments", "hold", "accumulate", "learned", "learned_pairs"
+        ]
+        | None
+    ) = None
     budget: int | None = None
     threshold: float | None = None
     distance: Literal["l1", "mse", "cosine"] | None = None
@@ -81,6 +89,8 @@ class CacheSteps:
     union: int | None = None
     bounded: bool | None = None
     correct: bool | None = None
+    runs: int | None = None
+    share: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -124,6 +134,10 @@ class CacheSteps:
 
     def _measured(self, program: Program, sites: Sequence[Candidate], calibration: Calibration) -> dict[str, list[int]]:
         """Unit -> steps, from one recorded run."""
+        if self.schedule in ("learned", "learned_pairs"):
+            share = self.share or self._count(program.steps) / program.steps
+            pairs = self.schedule == "learned_pairs"
+            return learn_masks(program, sites, calibration, share=share, runs=_int(self.runs), pairs=pairs)
         if self.schedule == "accumulate":
             indicator = Watched("indicator", _indicator(program.graph))
             changes = record(program, [indicator], calibration).changes["indicator"]

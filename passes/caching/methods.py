@@ -115,6 +115,22 @@ METHODS: Mapping[str, Method] = {
         "diffusers' TaylorSeer hooks; its golden values",
         {"site": "branch", "predictor": "taylor2", "interval": 4, "warmup": 2},
     ),
+    "learning_to_cache": Method(
+        "Learning-to-Cache",
+        "2406.01733",
+        "at every second step the branches whose learned gates are shut, copied",
+        "gates of one change nothing; the gradient against finite differences",
+        {"site": "branch", "schedule": "learned_pairs", "share": 0.75, "runs": 24},
+        reconstructed="trained on its own trajectories; the gates to open are ranked, to meet the budget",
+    ),
+    "harmonica": Method(
+        "HarmoniCa",
+        "2410.01723",
+        "at every step the branches whose learned gates are shut, copied; trained from noise alone",
+        "gates of one change nothing; the gradient against finite differences",
+        {"site": "branch", "schedule": "learned", "runs": 24},
+        reconstructed="without its weights by the error of the final image; the gates to open are ranked to a budget",
+    ),
     "ertacache": Method(
         "ERTACache",
         "2508.21091",

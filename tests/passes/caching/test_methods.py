@@ -27,6 +27,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "taylorseer": {"interval": 3},
     "ertacache": {"threshold": 0.5},
     "teacache": {"threshold": 0.9},
+    "learning_to_cache": {"runs": 2},
+    "harmonica": {"runs": 2},
 }
 ON_UNETS = ("deepcache", "deepcache_nonuniform", "faster_diffusion", "cachequant")
 ON_BOTH = ("interval", "segments", "taylorseer", "fora", "ertacache")
@@ -72,6 +74,8 @@ def test_computing_every_step_changes_nothing(
     program: Program = request.getfixturevalue(network)
     every = {"interval": 1, "threshold": 0.0, "budget": program.steps, "keys": tuple(range(program.steps))}
     options = {name: value for name, value in every.items() if name != "keys" or method == "faster_diffusion"}
+    if method in ("learning_to_cache", "harmonica"):
+        options |= {"share": 1.0, "runs": 1}
     if method == "deepcache_nonuniform":
         return  # its points cannot be as many as the steps
     result = cached(program, calibration_of(program), method=method, **options)
