@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,32 +59,40 @@ class Trace:
 
 def record(program: Program, watched: Sequence[Watched], calibration: Calibration) -> Trace:
     """Run the calibration's requests once and watch. The program must have no cache sites yet."""
-    recorder = _Recorder(program.steps, watched)
-    taps = dict.fromkeys(node for each in watched for node in (each.value, each.base) if node is not None)
-    calibration.observe(program, list(taps), recorder.take, "recording the trajectory")
+    recorder = _Recorder(watched)
+    watch(program, watched, calibration, recorder.take, "recording the trajectory")
     return recorder.trace()
+
+
+def watch(
+    program: Program, watched: Sequence[Watched], calibration: Calibration,
+    take: Callable[[int, Watched, Tensor], None], doing: str,
+) -> None:  # fmt: skip
+    """Run the calibration's requests once; take(step, watched, value) is told each value, or residual."""
+    bases: dict[str, Tensor] = {}
+    needed = {each.base for each in watched if each.base is not None}
+
+    def tap(step: int, node: str, value: Tensor) -> None:
+        for each in watched:  # before the base is replaced: a node may be one site's value and the next one's base
+            if each.value == node:
+                take(step, each, value if each.base is None else value - bases[each.base])
+        if node in needed:
+            bases[node] = value
+
+    taps = dict.fromkeys(node for each in watched for node in (each.value, each.base) if node is not None)
+    calibration.observe(program, list(taps), tap, doing)
 
 
 class _Recorder:
     """Streams: of each value it holds the last one whole, and K elements of the others."""
 
-    def __init__(self, steps: int, watched: Sequence[Watched]) -> None:
-        self.steps, self.watched = steps, watched
-        self.bases = {each.base for each in watched if each.base is not None}
-        self.base_values: dict[str, Tensor] = {}
+    def __init__(self, watched: Sequence[Watched]) -> None:
         self.before: dict[str, Tensor] = {}
         self.kept: dict[str, list[Floats]] = {each.name: [] for each in watched}
         self.norms: dict[str, list[float]] = {each.name: [] for each in watched}
         self.changes: dict[str, list[float]] = {each.name: [] for each in watched}
 
-    def take(self, step: int, node: str, value: Tensor) -> None:
-        for each in self.watched:  # before the base is replaced: a node may be one site's value and the next one's base
-            if each.value == node:
-                self._add(each, value if each.base is None else value - self.base_values[each.base])
-        if node in self.bases:
-            self.base_values[node] = value
-
-    def _add(self, each: Watched, value: Tensor) -> None:
+    def take(self, step: int, each: Watched, value: Tensor) -> None:
         before = self.before.get(each.name)
         change = 0.0 if before is None else float((value - before).abs().mean() / before.abs().mean().clamp_min(1e-12))
         flat = value.reshape(len(value), -1)

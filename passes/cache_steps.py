@@ -54,7 +54,8 @@ class CacheSteps:
     predictor: "copy" of the value; "delta" (value minus the region's input, added to the current input); "taylor1",
     "taylor2": extrapolation from the last computed steps (TaylorSeer, 2503.06923), of the delta for a range of blocks,
     else of the value.
-    correct: multiply and add to what is copied, by step and channel, as least squares on recorded runs has it.
+    correct: multiply and add to what is copied (of a delta: to the delta), by step and channel, as least squares on
+    recorded runs has it.
 
     Left alone: (1) lists of blocks that are no longer than front + back, (2) streams that do not run through the whole
     range, (3) everything, where the options compute every step.
@@ -107,8 +108,8 @@ class CacheSteps:
                 f"cache_steps: predictor 'delta' needs site 'range' (a {self.site} has no input of the same shape); "
                 "use copy or taylor1"
             )
-        if self.correct and self.predictor != "copy":
-            raise RecipeError(f"cache_steps: correct needs predictor 'copy', found {self.predictor!r}")
+        if self.correct and self.predictor not in ("copy", "delta"):
+            raise RecipeError(f"cache_steps: correct needs predictor 'copy' or 'delta', found {self.predictor!r}")
         if self.schedule in ("hold", "accumulate") and self.threshold is None:
             raise RecipeError(f"cache_steps: schedule {self.schedule!r} needs a threshold, as in threshold=0.1")
 
@@ -129,8 +130,8 @@ class CacheSteps:
         if not self.correct:
             return Decision(choices)
         masks = step._masks(program, step._candidates(program.graph, []), choices)
-        fits = fit_copies(program, {site.value: mask for site, mask in masks.items()}, calibration)
-        return Decision(choices, {site.name: fits[site.value] for site in masks})
+        fits = fit_copies(program, {self._watched(site): mask for site, mask in masks.items()}, calibration)
+        return Decision(choices, fits)
 
     def _measured(self, program: Program, sites: Sequence[Candidate], calibration: Calibration) -> dict[str, list[int]]:
         """Unit -> steps, from one recorded run."""
@@ -144,14 +145,16 @@ class CacheSteps:
             assert self.threshold is not None
             mask = replay.accumulate(changes.tolist(), self.threshold, warmup=_int(self.warmup), last=_int(self.last))
             return {site.unit: _steps(mask) for site in sites}
-        watched = [Watched(site.name, site.value, site.base if self.predictor == "delta" else None) for site in sites]
-        trace = record(program, watched, calibration)
+        trace = record(program, [self._watched(site) for site in sites], calibration)
         units: dict[str, list[Candidate]] = defaultdict(list)
         for site in sites:
             units[site.unit if self.each else "all"].append(site)
         found = {unit: self._planned(trace, members, program.steps) for unit, members in units.items()}
         computed = {site.unit: found[site.unit if self.each else "all"] for site in sites}
         return self._united(computed, sites, trace) if self.union else computed
+
+    def _watched(self, site: Candidate) -> Watched:
+        return Watched(site.name, site.value, site.base if self.predictor == "delta" else None)
 
     def _planned(self, trace: Trace, members: Sequence[Candidate], steps: int) -> list[int]:
         kind = self.distance or "l1"

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...compiler.calibrate import Calibration
 from ...compiler.plan import Mask
 from ...compiler.program import Program
+from ...compiler.trace import Watched, watch
 
 Floats = NDArray[np.float64]
 
@@ -42,28 +43,28 @@ class AffineFit:
 
 
 def fit_copies(
-    program: Program, computed: Mapping[str, Mask], calibration: Calibration
+    program: Program, computed: Mapping[Watched, Mask], calibration: Calibration
 ) -> dict[str, NDArray[np.float32]]:
-    """Node name -> float32 [T, 2, channels], slope and offset of each step that copies; 1 and 0 where it computes.
+    """Name -> float32 [T, 2, channels], slope and offset of each step that copies; 1 and 0 where it computes.
 
-    computed: node name -> steps that compute it. Fitted on the trajectory of the program without sites, like CacheQuant
-    (2503.01323), whose official slope is (n - 1) / n of this one.
+    computed: value, or residual where it has a base, -> steps that compute it. Fitted on the trajectory of the program
+    without sites, like CacheQuant (2503.01323), whose official slope is (n - 1) / n of this one.
     """
     leaders: dict[str, Floats] = {}
-    found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in computed}
+    found: dict[str, list[NDArray[np.float32]]] = {each.name: [] for each in computed}
 
-    def take(step: int, node: str, value: Tensor) -> None:
+    def take(step: int, each: Watched, value: Tensor) -> None:
         rows = by_channel(value)
-        if computed[node][step]:
-            leaders[node] = rows
+        if computed[each][step]:
+            leaders[each.name] = rows
             slope, offset = np.ones(rows.shape[1]), np.zeros(rows.shape[1])
         else:
             fit = AffineFit()
-            fit.add(leaders[node], rows)
+            fit.add(leaders[each.name], rows)
             slope, offset = fit.solve()
-        found[node].append(np.stack([slope, offset]).astype(np.float32))
+        found[each.name].append(np.stack([slope, offset]).astype(np.float32))
 
-    calibration.observe(program, list(computed), take, "fitting the correction")
+    watch(program, list(computed), calibration, take, "fitting the correction")
     return {name: np.stack(rows) for name, rows in found.items()}
 
 

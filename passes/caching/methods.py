@@ -134,10 +134,10 @@ METHODS: Mapping[str, Method] = {
     "ertacache": Method(
         "ERTACache",
         "2508.21091",
-        "what the network predicts, as its difference from the input, held while it stays near enough on recorded runs",
+        "what the network predicts less its input, held while near enough on recorded runs; corrected by least squares",
         "refresh at every step changes nothing; the replay against its definition",
-        {"site": "output", "predictor": "delta", "schedule": "hold", "threshold": 0.1, "warmup": 2},
-        reconstructed="without its correction of step sizes and of the error",
+        {"site": "output", "predictor": "delta", "schedule": "hold", "threshold": 0.1, "warmup": 2, "correct": True},
+        reconstructed="the correction is of the residual, by channel; without its correction of step sizes",
     ),
     "teacache": Method(
         "TeaCache",

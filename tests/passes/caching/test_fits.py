@@ -13,6 +13,7 @@ from dcompile.compiler.calibrate import Calibration
 from dcompile.compiler.errors import RecipeError
 from dcompile.compiler.execute import run
 from dcompile.compiler.program import Program
+from dcompile.compiler.trace import Watched, watch
 from dcompile.exporters.interpret import run_lowered
 from dcompile.exporters.lower import lower
 from dcompile.passes.cache_steps import CacheSteps
@@ -41,25 +42,33 @@ def test_a_channel_that_does_not_vary_is_moved_only() -> None:
     assert (slope.item(), offset.item()) == (1.0, 1.5)
 
 
-@pytest.mark.parametrize(("network", "site"), [("unet", "cut"), ("dit", "branch")])
+@pytest.mark.parametrize(
+    ("network", "site", "predictor"), [("unet", "cut", "copy"), ("dit", "branch", "copy"), ("dit", "range", "delta")]
+)
 def test_correction_of_every_step_is_that_of_least_squares(
-    network: str, site: str, request: pytest.FixtureRequest, calibration_of: CalibrationOf
+    network: str, site: str, predictor: str, request: pytest.FixtureRequest, calibration_of: CalibrationOf
 ) -> None:
     program: Program = request.getfixturevalue(network)
     calibration = calibration_of(program)
-    step = CacheSteps(site=site, predictor="copy", interval=3, warmup=1, front=0, correct=True)  # type: ignore[arg-type]
+    step = CacheSteps(site=site, predictor=predictor, interval=3, warmup=1, front=0, correct=True)  # type: ignore[arg-type]
     result = step.apply(program, step.decide(program, calibration)).program
     chosen = result.plan.sites[0]
     assert chosen.correction is not None
     seen: dict[int, Tensor] = {}
-    calibration.observe(program, [chosen.value], lambda at, node, value: seen.update({at: value}), "")
+    watch(
+        program,
+        [Watched("", chosen.value, chosen.base)],
+        calibration,
+        lambda at, _, value: seen.update({at: value}),
+        "",
+    )
     copied, real = by_channel(seen[3]), by_channel(seen[4])
     for channel in range(copied.shape[1]):
         columns = np.stack([copied[:, channel], np.ones(len(copied))], axis=1)
         expected = np.linalg.lstsq(columns, real[:, channel])[0]
         np.testing.assert_allclose(chosen.correction[4, :, channel], expected, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(chosen.correction[3], np.stack([np.ones(copied.shape[1]), np.zeros(copied.shape[1])]))
-    plain = CacheSteps(site=site, predictor="copy", interval=3, warmup=1, front=0)  # type: ignore[arg-type]
+    plain = CacheSteps(site=site, predictor=predictor, interval=3, warmup=1, front=0)  # type: ignore[arg-type]
     errors = [
         calibration.error(each)["relative_error"]
         for each in (result, plain.apply(program, plain.decide(program, calibration)).program)
@@ -72,5 +81,5 @@ def test_correction_of_every_step_is_that_of_least_squares(
 
 
 def test_correction_is_of_copies() -> None:
-    with pytest.raises(RecipeError, match=r"correct needs predictor 'copy', found 'taylor1'"):
+    with pytest.raises(RecipeError, match=r"correct needs predictor 'copy' or 'delta', found 'taylor1'"):
         CacheSteps(correct=True)
