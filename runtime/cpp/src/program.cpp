@@ -1,7 +1,8 @@
 #include <dcompile/program.h>
 
+#include <algorithm>
 #include <chrono>
-#include <cstring>
+#include <cstdlib>
 #include <new>
 #include <numeric>
 
@@ -63,10 +64,12 @@ Named<Tensor> read_tables(const std::filesystem::path& bundle, const Manifest& m
     return tables;
 }
 
+// From calloc: large blocks come as zeros from the system, which nobody has to write.
 Tensor zeros(Shape shape, Dtype dtype) {
-    auto bytes = std::make_shared<std::vector<std::byte>>(count(shape) * bytes_of(dtype));
-    const void* data = bytes->data();
-    return {dtype, std::move(shape), {std::move(bytes), data}};
+    std::shared_ptr<void> memory(std::calloc(std::max<std::size_t>(count(shape), 1), bytes_of(dtype)), std::free);
+    if (!memory) throw std::bad_alloc();
+    const void* data = memory.get();
+    return {dtype, std::move(shape), {std::move(memory), data}};
 }
 
 // The same values in memory of our own, so that they may outlive the engines.
