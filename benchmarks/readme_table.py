@@ -6,6 +6,7 @@ python benchmarks/readme_table.py --check   # fail if README.md does not show th
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -31,7 +32,33 @@ def figures() -> str:
         path = RESULTS / f"{name}.json"
         if path.exists():  # what has not been measured yet is not shown
             lines += [*section(json.loads(path.read_text())), ""]
+    if (RESULTS / "cache.csv").exists():
+        lines += [*_cache(), ""]
     return "\n".join(lines[:-1])
+
+
+def _cache() -> list[str]:
+    with (RESULTS / "cache.csv").open(newline="") as stream:
+        rows = sorted(csv.DictReader(stream), key=lambda row: (row["model"], -float(row["speedup"])))
+    lines = [
+        f"Cache methods alone, fp32 on ONNX Runtime, batch 16, quality on {rows[0]['samples']} samples "
+        "(`python benchmarks/cache.py`, which also draws [a plot](benchmarks/results/cache.png)):",
+        "",
+        "| `cache:` | model | faster | PSNR, same seeds | accuracy | Fréchet |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        change = 100 * (float(row["frechet"]) / float(row["frechet_before"]) - 1)
+        cells = [
+            f"`method={row['method']},{row['options']}`",
+            _MODELS.get(row["model"], TITLES.get(row["model"], row["model"])),
+            f"{float(row['speedup']):.2f}×",
+            f"{float(row['psnr']):.1f} dB",
+            f"{100 * (float(row['accuracy']) - float(row['accuracy_before'])):+.1f} points",
+            f"{change:+.0f} %",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _glyphs(results: dict[str, Any]) -> list[str]:
