@@ -88,7 +88,7 @@ def read() -> list[dict[str, Any]]:
 def write(rows: list[dict[str, Any]]) -> None:
     RESULTS.mkdir(exist_ok=True)
     with TABLE.open("w", newline="") as stream:
-        table = csv.DictWriter(stream, FIELDS)
+        table = csv.DictWriter(stream, FIELDS, lineterminator="\n")
         table.writeheader()
         table.writerows(sorted(rows, key=lambda row: (row["model"], row["method"], row["options"])))
 
