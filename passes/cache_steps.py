@@ -14,7 +14,7 @@ from torch import fx
 from ..compiler import rewrite
 from ..compiler.calibrate import Calibration
 from ..compiler.errors import PassError, RecipeError
-from ..compiler.plan import Mask, Plan, Site, taylor
+from ..compiler.plan import Mask, Plan, Site, every, taylor
 from ..compiler.program import Decision, PassResult, Program, Record
 from ..compiler.regions import find_regions
 from ..compiler.rewrite import aten
@@ -117,19 +117,20 @@ class CacheSteps:
 
     def decide(self, program: Program, calibration: Calibration, /) -> Decision:
         """The computed steps of each unit of sites, where they follow from recorded runs; else nothing."""
-        if program.plan.sites:
-            raise PassError("cache_steps: the program already has cache sites; one cache pass a recipe")
+        _refuse_second(program)
         choices: dict[str, Any] = {}
         step = self
         if self.site == "runs" and not self.blocks:
             choices["blocks"] = _background(program, calibration)
             step = replace(self, blocks=tuple(choices["blocks"]))
+        if self.schedule not in _MEASURED and not self.correct:
+            return Decision(choices)
+        sites = step._candidates(program.graph, [])
         if self.schedule in _MEASURED:
-            sites = step._candidates(program.graph, [])
             choices["computed"] = step._measured(program, sites, calibration)
         if not self.correct:
             return Decision(choices)
-        masks = step._masks(program, step._candidates(program.graph, []), choices)
+        masks = step._masks(program, sites, choices)
         fits = fit_copies(program, {self._watched(site): mask for site, mask in masks.items()}, calibration)
         return Decision(choices, fits)
 
@@ -182,8 +183,7 @@ class CacheSteps:
     # --- what is written ---
 
     def apply(self, program: Program, decision: Decision, /) -> PassResult:
-        if program.plan.sites:
-            raise PassError("cache_steps: the program already has cache sites; one cache pass a recipe")
+        _refuse_second(program)
         refused: Refused = []
         step = replace(self, blocks=tuple(decision.choices["blocks"])) if "blocks" in decision.choices else self
         candidates = step._candidates(program.graph, refused)
@@ -211,13 +211,13 @@ class CacheSteps:
         )
 
     def _candidates(self, graph: fx.GraphModule, refused: Refused) -> tuple[Candidate, ...]:
-        kind, branch = self.site or "auto", self.branch
+        kind = self.site or "auto"
         if kind == "auto":
             kind = "cut" if any(region.children for region in find_regions(graph)) else "range"
         if kind == "stages":
             return _stages(graph, refused)
         return find_sites(
-            graph, kind, front=_int(self.front), back=_int(self.back), branch_id=branch, blocks=self.blocks or (),
+            graph, kind, front=_int(self.front), back=_int(self.back), branch_id=self.branch, blocks=self.blocks or (),
             refused=refused,
         )  # fmt: skip
 
@@ -241,7 +241,7 @@ class CacheSteps:
         if self.schedule == "quadratic":
             center = 0.3 * steps if self.center is None else self.center
             return schedules.quadratic(steps, self._count(steps), center, self.power or 1.4)
-        mask = schedules.interval(steps, interval, warmup=_int(self.warmup), last=_int(self.last))
+        mask = every(interval, steps, warmup=_int(self.warmup), last=_int(self.last))
         if self.site == "stages":
             turn = steps // 2 if self.turn is None else self.turn
             return tuple(full or (i >= turn if unit == "rear" else i < turn) for i, full in enumerate(mask))
@@ -255,6 +255,11 @@ class CacheSteps:
             )
         reuse, refresh = taylor(computed, _ORDERS[self.predictor or "copy"])
         return Site(site.name, site.value, base, computed, reuse, refresh, correction)
+
+
+def _refuse_second(program: Program) -> None:
+    if program.plan.sites:
+        raise PassError("cache_steps: the program already has cache sites; one cache pass a recipe")
 
 
 def _int(value: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Static schedules: which steps compute, as masks over the steps from noise (step 0) to sample."""
+"""Static schedules beside plan.every: which steps compute, as masks over the steps from noise (step 0) to sample."""
 
 from __future__ import annotations
 
@@ -7,15 +7,6 @@ from collections.abc import Collection
 
 from ...compiler.errors import PassError
 from ...compiler.plan import Mask
-
-
-def interval(steps: int, every: int, *, warmup: int = 1, last: int = 0) -> Mask:
-    """True for the first `warmup` steps (at least one), then for one step in `every`, and for the `last` steps.
-
-    The first step after the warm-up that counts as computed is the last warm-up step, as in TaylorSeer (2503.06923).
-    """
-    warmup = max(warmup, 1)
-    return tuple(i < warmup or (i - warmup + 1) % every == 0 or i >= steps - last for i in range(steps))
 
 
 def interval_to_the_end(steps: int, every: int) -> Mask:

@@ -67,7 +67,10 @@ def test_every_method(network: str, method: str, request: pytest.FixtureRequest,
         torch.testing.assert_close(again, found, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("network", "method"), CASES)
+@pytest.mark.parametrize(
+    ("network", "method"),
+    [case for case in CASES if case[1] != "deepcache_nonuniform"],  # its points cannot be as many as the steps
+)
 def test_computing_every_step_changes_nothing(
     network: str, method: str, request: pytest.FixtureRequest, calibration_of: CalibrationOf
 ) -> None:
@@ -76,8 +79,6 @@ def test_computing_every_step_changes_nothing(
     options = {name: value for name, value in every.items() if name != "keys" or method == "faster_diffusion"}
     if method in ("learning_to_cache", "harmonica"):
         options |= {"share": 1.0, "runs": 1}
-    if method == "deepcache_nonuniform":
-        return  # its points cannot be as many as the steps
     result = cached(program, calibration_of(program), method=method, **options)
     stages = METHODS[method].options.get("site") == "stages"
     assert stages or result.program is program

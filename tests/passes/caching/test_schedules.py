@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dcompile.compiler.errors import PassError
-from dcompile.compiler.plan import Mask
+from dcompile.compiler.plan import Mask, every
 from dcompile.passes.caching import replay, schedules
 
 
@@ -16,17 +16,17 @@ def steps(mask: Mask) -> list[int]:
 
 def test_interval_is_that_of_taylorseer() -> None:
     """Official DiT code, 50 steps, interval 4, first_enhance 2, counted down: 49, 48, 44, 40, ..., 4, 0."""
-    computed = steps(schedules.interval(50, 4, warmup=2))
+    computed = steps(every(4, 50, warmup=2))
     assert [49 - step for step in computed] == [49, 48, *range(44, -1, -4)]
-    assert steps(schedules.interval(10, 4, warmup=2, last=2)) == [0, 1, 5, 8, 9]
-    assert steps(schedules.interval(6, 2)) == [0, 2, 4]  # DeepCache's: i % N == 0
+    assert steps(every(4, 10, warmup=2, last=2)) == [0, 1, 5, 8, 9]
+    assert steps(every(2, 6)) == [0, 2, 4]  # DeepCache's: i % N == 0
 
 
 def test_fora_counts_from_the_last_step() -> None:
     """Official code: step s, counted down from T - 1, computes if it is T - 1 or s % N == 0."""
-    for total, every in ((10, 2), (10, 3), (10, 4), (250, 3)):
-        official = [s == total - 1 or s % every == 0 for s in range(total - 1, -1, -1)]
-        assert schedules.interval_to_the_end(total, every) == tuple(official)
+    for total, gap in ((10, 2), (10, 3), (10, 4), (250, 3)):
+        official = [s == total - 1 or s % gap == 0 for s in range(total - 1, -1, -1)]
+        assert schedules.interval_to_the_end(total, gap) == tuple(official)
 
 
 @pytest.mark.parametrize(
