@@ -15,7 +15,7 @@ from . import rewrite
 from .errors import PassError
 from .plan import Mask
 from .program import Program
-from .variants import Variant, build_variant, cache_tables
+from .variants import Variant, build_probe, build_variant, cache_tables
 
 # (step, node name, value): called for each tapped node as the step computes it. A step that reuses a site shows what it
 # works out in the site's place (nothing for a copy, which is an earlier step's value), and none of the nodes before.
@@ -68,13 +68,14 @@ def run(
     """
     tables = {**program.tables, **cache_tables(program)}
     variants = {mask: build_variant(program, mask) for mask in program.plan.masks}
+    probes = _Probes(program)
     slots = initial_slots(program, conditions, seeds)
     watched = frozenset(taps)
     for step in range(program.steps):
-        mask = program.plan.mask(step)
-        variant = variants[mask]
         if program.contract.stochastic:
             slots["noise"] = torch.from_numpy(normal(seeds, step + 1, tuple(program.contract.sample.shape)))
+        mask = probes.mask(step, slots, tables, len(seeds))
+        variant = variants[mask]
         values = _inputs(variant, slots, tables, step, len(seeds))
         if on_inputs:
             on_inputs(step, mask, values)
@@ -88,6 +89,28 @@ def run(
         if on_step:
             on_step(step, slots["sample"])
     return slots["sample"]
+
+
+class _Probes:
+    """What a program's predicates decide, from the graphs that hold what each decision needs."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._built: dict[tuple[Mask, int], Variant] = {}
+
+    def mask(self, step: int, slots: Mapping[str, Tensor], tables: Mapping[str, Tensor], batch: int) -> Mask:
+        """The mask that the step runs with."""
+        plan = self.program.plan
+        mask = plan.possible(step)[0]
+        for predicate in plan.open(step):
+            key = mask, plan.predicates.index(predicate)
+            if key not in self._built:
+                self._built[key] = build_probe(self.program, mask, predicate)
+            probe = self._built[key]
+            (decision,) = probe.graph(*_inputs(probe, slots, tables, step, batch))
+            if np.float32(decision.item()) < np.float32(predicate.below):
+                mask = plan.decided(mask, predicate, computes=False)
+        return mask
 
 
 def _inputs(

@@ -18,7 +18,7 @@ def partition(union: StepUnion) -> list[list[Unit]]:
     """The parts in the order in which a step runs them, each with its units in graph order."""
     network = find_units(union)
     position = {unit: index for index, unit in enumerate(network.units)}
-    parts = _joined(_sunk(network, _gathered(network)))
+    parts = _joined(network, _sunk(network, _gathered(network)))
     return [sorted(part, key=position.__getitem__) for part in parts]
 
 
@@ -32,6 +32,7 @@ def _gathered(network: Network) -> list[list[Unit]]:
     """Parts as large as they can be: units of the same kinds as early as possible, glue between them with them."""
     classes = _classes(network)
     before = _before(network, classes)
+    decided = _decided(network, classes)
     heavy = {key for key, group in classes.items() if any(unit.is_heavy for unit in group)}
     waiting = list(classes)
     parts = []
@@ -40,7 +41,10 @@ def _gathered(network: Network) -> list[list[Unit]]:
         taken = [next((key for key in ready if key in heavy), ready[0])]
         while True:
             waiting = [key for key in waiting if key not in taken]
-            fitting = (key for key in waiting if before[key].isdisjoint(waiting) and _fits([*taken, key], heavy))
+            fitting = (
+                key for key in waiting
+                if before[key].isdisjoint(waiting) and decided[key].isdisjoint(taken) and _fits([*taken, key], heavy)
+            )  # fmt: skip
             following = next(fitting, None)
             if following is None:
                 break
@@ -67,13 +71,21 @@ def _classes(network: Network) -> dict[_Class, list[Unit]]:
 def _before(network: Network, classes: Mapping[_Class, list[Unit]]) -> dict[_Class, set[_Class]]:
     """Per class, those that must run before it. The step's results come after everything: they end the step."""
     class_of = {unit: key for key, group in classes.items() for unit in group}
+    decided = _decided(network, classes)
     before = {
-        key: {class_of[network.unit_of[node]] for unit in group for node in network.meant(unit)} - {key}
+        key: {class_of[network.unit_of[node]] for unit in group for node in network.meant(unit)} - {key} | decided[key]
         for key, group in classes.items()
     }  # fmt: skip
     for key in {class_of[unit] for unit in _finishing(network)}:
         before[key] = set(classes) - {key}
     return before
+
+
+def _decided(network: Network, classes: Mapping[_Class, list[Unit]]) -> dict[_Class, set[_Class]]:
+    """Per class, those with the decisions that tell whether the step runs it: they end an engine before it."""
+    class_of = {unit: key for key, group in classes.items() for unit in group}
+    union = network.union
+    return {key: {class_of[network.unit_of[node]] for node in union.waits(key[0])} for key in classes}
 
 
 def _finishing(network: Network) -> list[Unit]:
@@ -121,12 +133,15 @@ def _passed_less(network: Network, unit: Unit, home: Mapping[Unit, int], target:
     return added <= saved
 
 
-def _joined(parts: list[list[Unit]]) -> list[list[Unit]]:
+def _joined(network: Network, parts: list[list[Unit]]) -> list[list[Unit]]:
     """Without empty parts, and with neighbours that may be one made one."""
     joined: list[list[Unit]] = []
     for part in parts:
         together = [*(joined[-1] if joined else []), *part]
-        if joined and _is_sound({u.kinds for u in together}, {u.kinds for u in together if u.is_heavy}):
+        kinds = {unit.kinds for unit in together}
+        waits = {network.unit_of[node] for each in kinds for node in network.union.waits(each)}
+        is_decided = waits.isdisjoint(together)
+        if joined and is_decided and _is_sound(kinds, {unit.kinds for unit in together if unit.is_heavy}):
             joined[-1] = together
         elif part:
             joined.append(part)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,12 +52,49 @@ class Site:
         return int(self.reuse.shape[1])
 
 
+Rule = Literal["compare", "accumulate", "history"]
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """Sites that some steps decide about while they run, all alike, by a score that the graph emits.
+
+    A step reuses them if the score of every sample is `below`: a batch goes by its largest, so no sample is reused
+    against its own score. With rel(a, b) = mean |a - b| / mean |b| of each sample, in float32, the score is
+
+    compare: rel(indicator now, indicator at the last computed step), as in FBCache and DBCache;
+    accumulate: the sum of polynomial(rel(indicator now, indicator a step before)) since the last computed step, as in
+    TeaCache (2411.19108);
+    history: of a site's own states, rel(last computed, computed before that) for each step between the two, times the
+    steps since the last computed one; the largest of its sites.
+
+    name: of the decision. sites: names. open: [steps], True where the step decides; elsewhere the sites' rows hold, and
+    where it decides they say what is to be expected. indicator: node name, whose value less that of `base` (where
+    given) is compared; None for a history. polynomial: highest power first. longest: most steps in a row that may
+    reuse, 0 for any number.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    rule: Rule
+    below: float
+    open: Mask
+    indicator: str | None = None
+    base: str | None = None
+    polynomial: tuple[float, ...] = (1.0, 0.0)
+    longest: int = 0
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Sites in graph order. Without sites every step runs the whole graph."""
+    """Sites in graph order, and in the order of their sites what decides about some of them at run time.
+
+    Without sites every step runs the whole graph.
+    """
 
     steps: int
     sites: tuple[Site, ...] = ()
+    predicates: tuple[Predicate, ...] = ()
 
     def __post_init__(self) -> None:
         for site in self.sites:
@@ -64,15 +103,65 @@ class Plan:
                     f"cache site {site.name!r} plans {len(site.computed)} steps, the sampler has {self.steps}; "
                     "plan it again"
                 )
+        for predicate in self.predicates:
+            self._check(predicate)
+
+    def _check(self, predicate: Predicate) -> None:
+        if len(predicate.open) != self.steps or predicate.open[0]:
+            raise PassError(
+                f"decision {predicate.name!r}: needed one entry for each of {self.steps} steps, and step 0 decided"
+            )
+        for site in self.sites_of(predicate):
+            if site.states > 1 or site.correction is not None:
+                raise PassError(
+                    f"cache site {site.name!r} has coefficients by step, and decision {predicate.name!r} leaves open "
+                    "which steps compute it; use predictor copy or delta without correction, or freeze=true"
+                )
+
+    def sites_of(self, predicate: Predicate) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if site.name in predicate.sites)
 
     def mask(self, step: int) -> Mask:
-        """Per site: does this step compute it."""
+        """Per site: does this step compute it; of what the step decides itself, what is to be expected."""
         return tuple(site.computed[step] for site in self.sites)
+
+    def decided(self, mask: Mask, predicate: Predicate, computes: bool) -> Mask:
+        """The mask with the predicate's sites computed or reused."""
+        return tuple(
+            computes if site.name in predicate.sites else bit for site, bit in zip(self.sites, mask, strict=True)
+        )
+
+    def computes(self, mask: Mask, predicate: Predicate) -> bool:
+        return all(bit for site, bit in zip(self.sites, mask, strict=True) if site.name in predicate.sites)
+
+    def open(self, step: int) -> tuple[Predicate, ...]:
+        """What this step decides itself."""
+        return tuple(predicate for predicate in self.predicates if predicate.open[step])
+
+    def possible(self, step: int) -> tuple[Mask, ...]:
+        """The masks that the step may run with; that which computes most comes first."""
+        found = []
+        for bits in product((True, False), repeat=len(self.open(step))):
+            mask = self.mask(step)
+            for predicate, bit in zip(self.open(step), bits, strict=True):
+                mask = self.decided(mask, predicate, bit)
+            found.append(mask)
+        return tuple(found)
 
     @property
     def masks(self) -> tuple[Mask, ...]:
-        """The distinct rows, in order of first use: one graph variant each."""
-        return tuple(dict.fromkeys(self.mask(step) for step in range(self.steps)))
+        """The distinct rows that may occur, in order of first use: one graph variant each."""
+        return tuple(dict.fromkeys(mask for step in range(self.steps) for mask in self.possible(step)))
+
+    def with_computed(self, computed: Sequence[Mask]) -> Plan:
+        """The same, with other rows: [steps] masks over the sites. What was open stays open."""
+        columns = zip(*computed, strict=True)
+        sites = tuple(replace(site, computed=column) for site, column in zip(self.sites, columns, strict=True))
+        return replace(self, sites=sites)
+
+    def frozen(self) -> Plan:
+        """Nothing decided at run time: what is to be expected holds."""
+        return replace(self, predicates=())
 
 
 def every(interval: int, steps: int, warmup: int = 0, last: int = 0) -> Mask:

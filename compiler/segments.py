@@ -71,20 +71,23 @@ def _pieces(union: StepUnion) -> list[_Piece]:
     parts = partition(union)
     found: dict[frozenset[fx.Node], _Piece] = {}
     for kind in sorted(union.every_kind):
-        for piece in _pieces_of(parts, kind):
+        for piece in _pieces_of(parts, kind, union.deciding.keys()):
             same = found.get(piece.nodes, piece)
             found[piece.nodes] = replace(piece, kinds=same.kinds | piece.kinds)
     return sorted(found.values(), key=lambda piece: piece.first)
 
 
-def _pieces_of(parts: list[list[Unit]], kind: int) -> list[_Piece]:
-    """What a kind of steps runs: a piece for each part, but one for neighbours that have no weights."""
+def _pieces_of(parts: list[list[Unit]], kind: int, deciding: Collection[fx.Node]) -> list[_Piece]:
+    """What a kind of steps runs: a piece for each part, but one for neighbours that have no weights.
+
+    A piece ends with what decides, at run time, about the pieces after it.
+    """
     pieces: list[_Piece] = []
     for number, part in enumerate(parts):
         units = [unit for unit in part if kind in unit.kinds]
         nodes = frozenset(node for unit in units for node in unit.nodes)
         piece = _Piece(number, number, nodes, any(unit.is_heavy for unit in units), frozenset({kind}))
-        if pieces and not (piece.is_heavy or pieces[-1].is_heavy):
+        if pieces and not (piece.is_heavy or pieces[-1].is_heavy) and pieces[-1].nodes.isdisjoint(deciding):
             pieces[-1] = replace(piece, first=pieces[-1].first, nodes=pieces[-1].nodes | nodes)
         elif nodes:
             pieces.append(piece)

@@ -7,15 +7,16 @@ which one they mean depends on the step.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx
 
 from . import rewrite
-from .plan import Mask
+from .decisions import Decision, decision_slot
+from .plan import Mask, Plan, Predicate
 from .program import Program
 from .rewrite import aten
-from .variants import graph_inputs, refreshed_states, result_slots, reused_value, state_slot
+from .variants import decision_nodes, graph_inputs, refreshed_states, result_slots, reused_value, state_slot
 
 Kinds = frozenset[int]  # kinds of steps, as positions in `StepUnion.masks`
 
@@ -27,6 +28,7 @@ class StepUnion:
     inputs: graph input -> ("slot" or "table", name). outputs: (slot, node, kinds of steps that write it).
     stand_ins: value of a site -> what a step that reuses the site reads instead: a node, or the state's input (a copy).
     computed: value of a site -> the kinds of steps that compute it. masks: the plan's distinct rows.
+    deciding: node of a decision -> pairs of kinds (computing, reusing) between which it decides.
     """
 
     module: fx.GraphModule
@@ -35,10 +37,19 @@ class StepUnion:
     stand_ins: Mapping[fx.Node, fx.Node]
     computed: Mapping[fx.Node, Kinds]
     masks: tuple[Mask, ...]
+    deciding: Mapping[fx.Node, frozenset[tuple[int, int]]] = field(default_factory=dict)
 
     @property
     def every_kind(self) -> Kinds:
         return frozenset(range(len(self.masks)))
+
+    def waits(self, kinds: Kinds) -> frozenset[fx.Node]:
+        """The decisions before which nobody knows whether to run what these kinds of steps need."""
+        return frozenset(
+            node
+            for node, pairs in self.deciding.items()
+            if any((one in kinds) != (other in kinds) for one, other in pairs)
+        )
 
     def meant(self, node: fx.Node, kind: int) -> fx.Node:
         """What a reader of the node reads in a step of this kind."""
@@ -67,29 +78,74 @@ def unite(program: Program) -> StepUnion:
     """The union over the distinct rows of the program's plan."""
     module = rewrite.clone(program.graph)
     kept = {name for site in program.plan.sites for name in (site.value, site.base) if name is not None}
+    kept |= {name for each in program.plan.predicates for name in (each.indicator, each.base) if name is not None}
     _merge_equal(module, kept)
     _store_apart(module)
     inputs = graph_inputs(program, module)
     masks = program.plan.masks
     every = frozenset(range(len(masks)))
     values = {site.value: _alone(module, rewrite.node_named(module, site.value)) for site in program.plan.sites}
+
+    def find(name: str) -> fx.Node:
+        return values[name] if name in values else rewrite.node_named(module, name)
+
     stand_ins: dict[fx.Node, fx.Node] = {}
     computed: dict[fx.Node, Kinds] = {}
     outputs: list[tuple[str, fx.Node, Kinds]] = []
     for index, site in enumerate(program.plan.sites):
         value, base = values[site.value], None
         if site.base is not None:
-            base = values[site.base] if site.base in values else rewrite.node_named(module, site.base)
+            base = find(site.base)
         kinds = frozenset(kind for kind, mask in enumerate(masks) if mask[index])
         states = refreshed_states(module, site, value, base, inputs)
         outputs += [(state_slot(site, order), state, kinds) for order, state in enumerate(states)]
         stand_ins[value] = reused_value(module, site, value, base, inputs)
         computed[value] = kinds
+    fresh = {slot: node for slot, node, _ in outputs}
+    decisions = {}
+    for predicate in program.plan.predicates:
+        decision = decision_nodes(program.plan, module, predicate, find, fresh, inputs)
+        computing = frozenset(kind for kind, mask in enumerate(masks) if program.plan.computes(mask, predicate))
+        decisions[predicate] = decision.decision
+        outputs.append((decision_slot(predicate), decision.decision, every))
+        outputs += _remembered(module, decision, computing, every - computing)
     slots = result_slots(module)
     results = [_unread(module, node, computed) for node in rewrite.output_values(module)]
     outputs = [(slot, node, every) for slot, node in zip(slots, results, strict=True)] + outputs
     rewrite.output_node(module).args = (tuple(node for _, node, _ in outputs),)
-    return StepUnion(module, inputs, tuple(outputs), stand_ins, computed, masks)
+    return StepUnion(
+        module, inputs, tuple(outputs), stand_ins, computed, masks, _deciding(program.plan, masks, decisions)
+    )
+
+
+def _remembered(
+    module: fx.GraphModule, decision: Decision, computing: Kinds, reusing: Kinds
+) -> list[tuple[str, fx.Node, Kinds]]:
+    """Outputs for what a decision leaves behind.
+
+    What only some kinds of steps write goes by a name of its own, so that no engine of all kinds writes it.
+    """
+    both = {slot for slot, node in decision.computing.items() if decision.reusing.get(slot) is node}
+    found = [(slot, decision.computing[slot], computing | reusing) for slot in both]
+    for kept, kinds in ((decision.computing, computing), (decision.reusing, reusing)):
+        for slot, node in kept.items():
+            if slot not in both:
+                named = rewrite.call(module, rewrite.output_node(module), aten.alias.default, node)
+                found.append((slot, named, kinds))
+    return found
+
+
+def _deciding(
+    plan: Plan, masks: tuple[Mask, ...], decisions: Mapping[Predicate, fx.Node]
+) -> dict[fx.Node, frozenset[tuple[int, int]]]:
+    """Kinds of steps between which each decides; two decisions of one step may be one node."""
+    found: dict[fx.Node, set[tuple[int, int]]] = {node: set() for node in decisions.values()}
+    for predicate, node in decisions.items():
+        for kind, mask in enumerate(masks):
+            other = plan.decided(mask, predicate, computes=False)
+            if plan.computes(mask, predicate) and other in masks:
+                found[node].add((kind, masks.index(other)))
+    return {node: frozenset(pairs) for node, pairs in found.items()}
 
 
 def _merge_equal(module: fx.GraphModule, kept: Collection[str]) -> None:

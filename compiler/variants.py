@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from . import rewrite
-from .plan import Mask, Site
+from .decisions import Change, Decision, decide, decision_slot
+from .plan import Mask, Plan, Predicate, Site
 from .program import Program
 from .rewrite import aten
 
@@ -44,18 +46,44 @@ def cache_tables(program: Program) -> dict[str, Tensor]:
 
 def build_variant(program: Program, mask: Mask) -> Variant:
     """The graph that a step with this mask runs. A mask of all True still refreshes the states of every site."""
+    module, inputs, states, decisions = _specialised(program, mask)
+    slots = result_slots(module)
+    written = [*zip(slots, rewrite.output_values(module), strict=True), *states]
+    for predicate, decision in zip(program.plan.predicates, decisions, strict=True):
+        kept = decision.computing if program.plan.computes(mask, predicate) else decision.reusing
+        written += kept.items()
+    return _returning(module, inputs, written)
+
+
+def build_probe(program: Program, mask: Mask, predicate: Predicate) -> Variant:
+    """The part of a step with this mask that decides about a predicate's sites."""
+    module, inputs, _, decisions = _specialised(program, mask)
+    decision = decisions[program.plan.predicates.index(predicate)].decision
+    return _returning(module, inputs, [(decision_slot(predicate), decision)])
+
+
+_Slots = list[tuple[str, fx.Node]]
+
+
+def _specialised(
+    program: Program, mask: Mask
+) -> tuple[fx.GraphModule, dict[str, tuple[str, str]], _Slots, list[Decision]]:
+    """(graph with what is reused in place, its inputs, states of the computed sites, decisions)."""
     module = rewrite.clone(program.graph)
     inputs = graph_inputs(program, module)
-    slots = list(result_slots(module))
-    states: list[fx.Node] = []
-    reused: dict[str, fx.Node] = {}  # copies: a later site whose base is one of these values means what stands for it
+    states: _Slots = []
+    reused: dict[str, fx.Node] = {}  # copies: whoever names one of these values means what stands for it
+
+    def find(name: str) -> fx.Node:
+        return reused[name] if name in reused else rewrite.node_named(module, name)
+
     for site, computed in zip(program.plan.sites, mask, strict=True):
         value, base = rewrite.node_named(module, site.value), None
         if site.base is not None:
-            base = reused[site.base] if site.base in reused else rewrite.node_named(module, site.base)
+            base = find(site.base)
         if computed:
-            slots += [state_slot(site, order) for order in range(site.states)]
-            states += refreshed_states(module, site, value, base, inputs)
+            refreshed = refreshed_states(module, site, value, base, inputs)
+            states += [(state_slot(site, order), state) for order, state in enumerate(refreshed)]
             continue
         stand_in = reused_value(module, site, value, base, inputs)
         if stand_in.op == "call_function":  # it takes the name of what it stands for: taps see it, later sites find it
@@ -63,14 +91,41 @@ def build_variant(program: Program, mask: Mask) -> Variant:
         else:
             value.replace_all_uses_with(stand_in)
             reused[site.value] = stand_in
-    rewrite.output_node(module).args = ((*rewrite.output_values(module), *states),)
+    fresh = dict(states)
+    decisions = [
+        decision_nodes(program.plan, module, predicate, find, fresh, inputs) for predicate in program.plan.predicates
+    ]
+    return module, inputs, states, decisions
+
+
+def _returning(module: fx.GraphModule, inputs: dict[str, tuple[str, str]], written: _Slots) -> Variant:
+    rewrite.output_node(module).args = (tuple(node for _, node in written),)
     rewrite.drop_dead(module)
     for name, node in rewrite.placeholders(module).items():
         if not node.users:
             module.graph.erase_node(node)
             del inputs[name]
     ordered = {name: inputs[name] for name in rewrite.placeholders(module)}
-    return Variant(rewrite.finish(module), ordered, tuple(slots))
+    return Variant(rewrite.finish(module), ordered, tuple(slot for slot, _ in written))
+
+
+def decision_nodes(
+    plan: Plan, module: fx.GraphModule, predicate: Predicate, find: Callable[[str], fx.Node],
+    states: Mapping[str, fx.Node], inputs: dict[str, tuple[str, str]],
+) -> Decision:  # fmt: skip
+    """A predicate's nodes at the graph's end. states: slot -> the new state of a site that is computed."""
+
+    def new_input(name: str, slot: str, example: fx.Node) -> fx.Node:
+        value = rewrite.tensor_of(example)
+        assert value is not None
+        return _input(module, name, ("slot", slot), value, inputs)
+
+    changes = []
+    for site in plan.sites_of(predicate) if predicate.rule == "history" else ():
+        value = rewrite.node_named(module, site.value)
+        new = states.get(state_slot(site, 0), value)  # of a site that is reused, nothing reads the change
+        changes.append(Change(new, _state_input(module, site, 0, value, inputs)))
+    return decide(module, predicate, find, tuple(changes), rewrite.output_node(module), new_input)
 
 
 def graph_inputs(program: Program, module: fx.GraphModule) -> dict[str, tuple[str, str]]:

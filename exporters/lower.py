@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,11 +11,12 @@ from torch import Tensor, fx
 
 from ..compiler import rewrite
 from ..compiler.execute import batch_factor
-from ..compiler.plan import Mask
+from ..compiler.plan import Mask, Plan
 from ..compiler.program import Program
 from ..compiler.segments import build_segments
-from ..compiler.variants import Variant, build_variant, cache_tables
+from ..compiler.variants import Variant, build_probe, build_variant, cache_tables
 from ..runtime.manifest import Call, Dim, Jump, StateSpec
+from .branching import step_rows
 
 Layout = Literal["variants", "segments"]
 MOST_VARIANTS = 3  # whole graphs that are worth it: where engines share weights, each still packs some for itself
@@ -26,6 +27,7 @@ class Lowered:
     """What an exporter writes.
 
     engines: name -> graph with its bindings, in order of first call. tables: float32 [steps, ...].
+    calls_a_step: mean over steps, as is to be expected where they decide themselves.
     """
 
     engines: Mapping[str, Variant]
@@ -33,6 +35,7 @@ class Lowered:
     states: Mapping[str, StateSpec]
     tables: Mapping[str, Tensor]
     layout: Layout = "variants"
+    calls_a_step: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,32 +52,42 @@ def lower(program: Program, layout: Layout = "variants") -> Lowered:
 
     Segments: "head", "finish", and between them the sites' names; a step calls several.
     """
-    engines, calls = _variants(program) if layout == "variants" else _segments(program)
-    script = tuple(Call(name, step) for step in range(program.steps) for name in calls[program.plan.mask(step)])
+    engines, paths = _variants(program) if layout == "variants" else _segments(program)
+    script: list[Call | Jump] = []
+    calls = 0
+    for step in range(program.steps):
+        wanted = {mask: paths(step, mask) for mask in program.plan.possible(step)}
+        calls += len(wanted[program.plan.mask(step)])
+        script += step_rows(program.plan, engines, wanted, step, len(script))
     tables = {**program.tables, **cache_tables(program)}
     read = {source for engine in engines.values() for kind, source in engine.inputs.values() if kind == "table"}
     states = {slot: spec for engine in engines.values() for slot, spec in _states(engine).items()}
-    return Lowered(engines, script, states, {name: table for name, table in tables.items() if name in read}, layout)
+    kept = {name: table for name, table in tables.items() if name in read}
+    return Lowered(engines, tuple(script), states, kept, layout, calls / program.steps)
 
 
 def choose_layout(program: Program, shares_weights: bool, layout: str = "auto") -> Choice:
     """The layout that is asked for; for "auto", variants where they are few and share weights, segments otherwise."""
     names: tuple[Layout, Layout] = ("variants", "segments")
-    figures: dict[str, Any] = {name: _figures(lower(program, name), program.steps, shares_weights) for name in names}
+    figures: dict[str, Any] = {name: _figures(lower(program, name), shares_weights) for name in names}
     count = len(program.plan.masks)
-    wins: Layout = "variants" if count == 1 or (shares_weights and count <= MOST_VARIANTS) else "segments"
+    few = shares_weights and count <= MOST_VARIANTS and not program.plan.predicates
+    wins: Layout = "variants" if count == 1 or few else "segments"
     chosen = next((name for name in names if name == layout), wins)
     if count == 1:
         return Choice(chosen, "one engine, because every step computes the same", figures)
     variants, segments = (_spelled(figures[name]) for name in names)
     other = f"segments would take {segments}" if chosen == "variants" else f"variants would take {variants}"
-    why = "as asked" if layout != "auto" else _why(count, shares_weights)
+    why = "as asked" if layout != "auto" else _why(program.plan, shares_weights)
     return Choice(chosen, f"{chosen}, {why}: {variants if chosen == 'variants' else segments}; {other}", figures)
 
 
-def _why(kinds: int, shares_weights: bool) -> str:
+def _why(plan: Plan, shares_weights: bool) -> str:
+    kinds = len(plan.masks)
     if not shares_weights:
         return "because engines of this target each store their own weights"
+    if plan.predicates:
+        return "because what a step decides by is then computed once"
     few = f"because {kinds} kinds of steps share one copy of the weights"
     return (
         few if kinds <= MOST_VARIANTS else f"because {kinds} kinds of steps are more than {MOST_VARIANTS} whole graphs"
@@ -87,25 +100,42 @@ def _spelled(figures: Mapping[str, float]) -> str:
     return f"{made}, {'1 call' if calls == 1 else f'{calls:.3g} calls'} a step"
 
 
-def _figures(lowered: Lowered, steps: int, shares_weights: bool) -> dict[str, float]:
+def _figures(lowered: Lowered, shares_weights: bool) -> dict[str, float]:
     """engines; weight_bytes that they store, once where they share; calls_a_step, the mean over steps."""
     held = [rewrite.weights(engine.graph) for engine in lowered.engines.values()]
     stored = [{name: value for weights in held for name, value in weights.items()}] if shares_weights else held
     stored_bytes = sum(value.nbytes for weights in stored for value in weights.values())
     return {
-        "engines": len(lowered.engines), "weight_bytes": stored_bytes, "calls_a_step": len(lowered.script) / steps
+        "engines": len(lowered.engines), "weight_bytes": stored_bytes, "calls_a_step": lowered.calls_a_step
     }  # fmt: skip
 
 
-def _variants(program: Program) -> tuple[Mapping[str, Variant], Mapping[Mask, tuple[str, ...]]]:
-    names = engine_names(program.plan.masks)
+Engines = Mapping[str, Variant]
+Paths = Callable[[int, Mask], tuple[str, ...]]  # (step, mask) -> the engines that the step calls if it has that mask
+
+
+def _variants(program: Program) -> tuple[Engines, Paths]:
+    plan = program.plan
+    names = engine_names(plan.masks)
     engines = {name: build_variant(program, mask) for mask, name in names.items()}
-    return engines, {mask: (name,) for mask, name in names.items()}
+
+    def path(step: int, mask: Mask) -> tuple[str, ...]:
+        first = known = plan.possible(step)[0]
+        called = []
+        for predicate in plan.open(step):
+            name = f"probe_{predicate.name}" + (f"_{names[known]}" if known != first else "")
+            if name not in engines:
+                engines[name] = build_probe(program, known, predicate)
+            called.append(name)
+            known = plan.decided(known, predicate, plan.computes(mask, predicate))
+        return (*called, names[mask])
+
+    return engines, path
 
 
-def _segments(program: Program) -> tuple[Mapping[str, Variant], Mapping[Mask, tuple[str, ...]]]:
+def _segments(program: Program) -> tuple[Engines, Paths]:
     segments = build_segments(program)
-    return segments.engines, segments.calls
+    return segments.engines, lambda step, mask: segments.calls[mask]
 
 
 def engine_names(masks: tuple[Mask, ...]) -> dict[Mask, str]:
