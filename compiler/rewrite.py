@@ -185,6 +185,18 @@ def decided_by_step(module: fx.GraphModule, tables: Iterable[str]) -> set[fx.Nod
     return {node for node in by_step if node.op == "call_function"}
 
 
+def ancestors(node: fx.Node) -> set[str]:
+    """Names of the node and of all that its value follows from."""
+    found: set[str] = set()
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current.name not in found:
+            found.add(current.name)
+            waiting += current.all_input_nodes
+    return found
+
+
 def is_size(node: fx.Node) -> bool:
     """The node's value is an integer that may follow the batch."""
     return isinstance(node.meta.get("val"), int | torch.SymInt)

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from ..compiler import rewrite
 from ..compiler.calibrate import Calibration
 from ..compiler.errors import PassError, RecipeError
-from ..compiler.plan import Mask, Plan, Site, every, taylor
+from ..compiler.plan import Mask, Plan, Predicate, Rule, Site, every, taylor
 from ..compiler.program import Decision, PassResult, Program, Record
 from ..compiler.regions import find_regions
-from ..compiler.rewrite import aten
 from ..compiler.trace import Trace, Watched, record
 from ..runtime.errors import did_you_mean
 from .caching import replay, schedules
+from .caching.decided import fit_polynomial, predicates, vote
 from .caching.fits import fit_copies
 from .caching.methods import COMMON, METHODS
 from .caching.router import learn_masks
@@ -28,7 +27,8 @@ from .caching.segmentation import bubbling_union, leader_first
 from .caching.sites import Candidate, Refused, block_lists, find_sites
 
 _ORDERS = {"copy": 0, "delta": 0, "taylor1": 1, "taylor2": 2}
-_MEASURED = ("segments", "hold", "accumulate", "learned", "learned_pairs")  # schedules that recorded runs decide
+_DECIDED = ("compare", "accumulate", "history")  # by each step, at run time, unless frozen
+_MEASURED = ("segments", "hold", "learned", "learned_pairs", *_DECIDED)  # schedules that recorded runs decide
 _KEY_STEPS = {50: (0, 1, 2, 3, 5, 10, 15, 25, 35)}  # Faster Diffusion's published list, by the number of steps
 
 
@@ -47,7 +47,12 @@ class CacheSteps:
     `center` (by `power`); "segments" the `budget` steps that dynamic programming finds on recorded runs, by `distance`
     (bounded: segments of half to twice the interval; each: every site for itself; union: so many of the worst sites add
     their steps to the feed-forwards after them); "hold" reuses while it is nearer than `threshold` on recorded runs;
-    "accumulate" until the changes of the first block's input add up to `threshold`.
+    "compare", "accumulate" and "history" leave it to each step, after the first `warmup` and before the `last`, to
+    decide at run time whether its score reaches `threshold`: how much the residual of the first `front` blocks changed
+    since the last computed step, the sum of the changes of the first block's modulated input since then (counted by a
+    polynomial that `fit` finds), or how much the sites themselves changed a step when they were last computed (freeze:
+    decided ahead of time by what most recorded runs decide; longest: most steps in a row that reuse).
+    apart: each block list has its own front and back, and decides for itself; else they count as one.
     "learned" the evaluations whose gates a training of `runs` trajectories leaves most open, a `share` of all;
     "learned_pairs" so at every second step, the others computing everything.
     budget: number of computed steps; without it, one in `interval`.
@@ -73,7 +78,17 @@ class CacheSteps:
     back: int | None = None
     schedule: (
         Literal[
-            "interval", "to_the_end", "keys", "quadratic", "segments", "hold", "accumulate", "learned", "learned_pairs"
+            "interval",
+            "to_the_end",
+            "keys",
+            "quadratic",
+            "segments",
+            "hold",
+            "learned",
+            "learned_pairs",
+            "compare",
+            "accumulate",
+            "history",
         ]
         | None
     ) = None
@@ -92,6 +107,10 @@ class CacheSteps:
     correct: bool | None = None
     runs: int | None = None
     share: float | None = None
+    freeze: bool | None = None
+    longest: int | None = None
+    apart: bool | None = None
+    fit: bool | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -110,7 +129,7 @@ class CacheSteps:
             )
         if self.correct and self.predictor not in ("copy", "delta"):
             raise RecipeError(f"cache_steps: correct needs predictor 'copy' or 'delta', found {self.predictor!r}")
-        if self.schedule in ("hold", "accumulate") and self.threshold is None:
+        if self.schedule in ("hold", *_DECIDED) and self.threshold is None:
             raise RecipeError(f"cache_steps: schedule {self.schedule!r} needs a threshold, as in threshold=0.1")
 
     # --- what is measured ---
@@ -126,7 +145,11 @@ class CacheSteps:
         if self.schedule not in _MEASURED and not self.correct:
             return Decision(choices)
         sites = step._candidates(program.graph, [])
-        if self.schedule in _MEASURED:
+        if self.fit:
+            choices["polynomial"] = fit_polynomial(program, sites, calibration)
+        if self._decides:
+            choices["computed"] = step._voted(program, sites, calibration, choices)
+        elif self.schedule in _MEASURED:
             choices["computed"] = step._measured(program, sites, calibration)
         if not self.correct:
             return Decision(choices)
@@ -140,12 +163,6 @@ class CacheSteps:
             share = self.share or self._count(program.steps) / program.steps
             pairs = self.schedule == "learned_pairs"
             return learn_masks(program, sites, calibration, share=share, runs=_int(self.runs), pairs=pairs)
-        if self.schedule == "accumulate":
-            indicator = Watched("indicator", _indicator(program.graph))
-            changes = record(program, [indicator], calibration).changes["indicator"]
-            assert self.threshold is not None
-            mask = replay.accumulate(changes.tolist(), self.threshold, warmup=_int(self.warmup), last=_int(self.last))
-            return {site.unit: _steps(mask) for site in sites}
         trace = record(program, [self._watched(site) for site in sites], calibration)
         units: dict[str, list[Candidate]] = defaultdict(list)
         for site in sites:
@@ -153,6 +170,36 @@ class CacheSteps:
         found = {unit: self._planned(trace, members, program.steps) for unit, members in units.items()}
         computed = {site.unit: found[site.unit if self.each else "all"] for site in sites}
         return self._united(computed, sites, trace) if self.union else computed
+
+    @property
+    def _decides(self) -> bool:
+        """Whether steps decide at run time, or would but for freeze: a history of many sites is replayed instead."""
+        return self.schedule in _DECIDED and not (self.schedule == "history" and self.freeze)
+
+    def _voted(
+        self, program: Program, sites: Sequence[Candidate], calibration: Calibration, choices: Mapping[str, Any]
+    ) -> dict[str, list[int]]:
+        """Unit -> the steps that compute it in most runs."""
+        forced = self._forced(program.steps)
+        written = tuple(self._site(site, forced, None) for site in sites)
+        plan = Plan(program.steps, written, self._predicates(program, sites, choices))
+        rows = vote(replace(program, plan=plan), calibration)
+        return {site.unit: [i for i, row in enumerate(rows) if row[index]] for index, site in enumerate(sites)}
+
+    def _forced(self, steps: int) -> Mask:
+        warmup = max(_int(self.warmup), 2 if self.schedule == "history" else 1)
+        return tuple(i < warmup or i >= steps - _int(self.last) for i in range(steps))
+
+    def _predicates(
+        self, program: Program, sites: Sequence[Candidate], choices: Mapping[str, Any]
+    ) -> tuple[Predicate, ...]:
+        assert self.threshold is not None
+        forced = self._forced(program.steps)
+        return predicates(
+            program.graph, sites, cast(Rule, self.schedule), self.threshold, tuple(not each for each in forced),
+            front=_int(self.front), apart=bool(self.apart), polynomial=choices.get("polynomial", (1.0, 0.0)),
+            longest=_int(self.longest),
+        )  # fmt: skip
 
     def _watched(self, site: Candidate) -> Watched:
         return Watched(site.name, site.value, site.base if self.predictor == "delta" else None)
@@ -163,6 +210,13 @@ class CacheSteps:
         if self.schedule == "hold":
             assert self.threshold is not None
             return _steps(replay.hold(distance, self.threshold, warmup=_int(self.warmup), last=_int(self.last)))
+        if self.schedule == "history":
+            assert self.threshold is not None
+            return _steps(
+                replay.history(
+                    distance, self.threshold, warmup=_int(self.warmup), last=_int(self.last), longest=_int(self.longest)
+                )
+            )
         count, interval = self._count(steps), _int(self.interval)
         least, most = (-(-interval // 2), 2 * interval) if self.bounded else (1, None)
         return list(leader_first(distance, count, least, most)[0])
@@ -193,16 +247,21 @@ class CacheSteps:
                 "`dcompile inspect` shows its regions"
             )
         masks = step._masks(program, candidates, decision.choices)
+        open_sites = candidates if self.schedule in _DECIDED and not self.freeze else ()
         sites = tuple(
-            step._site(site, mask, decision.tensors.get(site.name)) for site, mask in masks.items() if not all(mask)
+            step._site(site, mask, decision.tensors.get(site.name))
+            for site, mask in masks.items()
+            if not all(mask) or site in open_sites
         )
         if not sites:
             given = f"interval {self.interval}, warmup {self.warmup} and last {self.last}"
             why = f"{given} compute all {program.steps} steps"
             return PassResult(program, Record(self.name, refused=(("every site", why),)))
-        plan = Plan(program.steps, sites)
+        found = step._predicates(program, candidates, decision.choices) if open_sites else ()
+        plan = Plan(program.steps, sites, found)
         details = {
             "method": self.method,
+            **({"decided_steps": [i for i in range(program.steps) if plan.open(i)]} if found else {}),
             "sites": [site.name for site in sites],
             "computed_steps": [i for i in range(program.steps) if all(plan.mask(i))],
         }
@@ -217,8 +276,8 @@ class CacheSteps:
         if kind == "stages":
             return _stages(graph, refused)
         return find_sites(
-            graph, kind, front=_int(self.front), back=_int(self.back), branch_id=self.branch, blocks=self.blocks or (),
-            refused=refused,
+            graph, kind, front=_int(self.front), back=_int(self.back), apart=bool(self.apart), branch_id=self.branch,
+            blocks=self.blocks or (), refused=refused,
         )  # fmt: skip
 
     def _masks(self, program: Program, sites: Sequence[Candidate], choices: Mapping[str, Any]) -> dict[Candidate, Mask]:
@@ -289,15 +348,3 @@ def _background(program: Program, calibration: Calibration) -> list[str]:
     order = sorted(changes, key=lambda path: float(changes[path].mean()))
     calm = set(order[: len(order) // 2])
     return [block.path for block in blocks if block.path in calm]
-
-
-def _indicator(graph: fx.GraphModule) -> str:
-    """The first block's modulated input: what its first linear layer reads. TeaCache measures how much it changes."""
-    for blocks in block_lists(find_regions(graph)).values():
-        entry = rewrite.shape_of(rewrite.node_named(graph, blocks[0].streams[0].entry))
-        for name in blocks[0].nodes:
-            node = rewrite.node_named(graph, name)
-            source = node.args[0] if rewrite.is_call(node, aten.linear.default) else None
-            if isinstance(source, fx.Node) and rewrite.shape_of(source) == entry:
-                return source.name
-    raise PassError("cache_steps: no block reads its input through a linear layer; use another schedule")

@@ -32,6 +32,7 @@ COMMON: Mapping[str, Any] = {
     "last": 0,
     "front": 0,
     "back": 0,
+    "apart": True,
 }
 
 METHODS: Mapping[str, Method] = {
@@ -142,8 +143,39 @@ METHODS: Mapping[str, Method] = {
     "teacache": Method(
         "TeaCache",
         "2411.19108",
-        "the whole stack's residual, once the changes of the modulated input add up; frozen by replay",
-        "its accumulator's golden decisions; refresh at every step changes nothing",
-        {"site": "range", "predictor": "delta", "schedule": "accumulate", "threshold": 0.15, "last": 1},
+        "the whole stack's residual; each step decides by the changes of the modulated input that add up",
+        "its accumulator's golden decisions; its rule on recorded values; refresh at every step changes nothing",
+        {
+            "site": "range", "predictor": "delta", "schedule": "accumulate", "threshold": 0.15, "last": 1, "fit": True,
+            "apart": False,
+        },
+    ),
+    "fbcache": Method(
+        "FBCache",
+        "ParaAttention, diffusers",
+        "residual of all blocks but the first; each step decides by how much the first one's changed",
+        "diffusers' FirstBlockCache: decisions and samples",
+        {"site": "range", "predictor": "delta", "schedule": "compare", "threshold": 0.05, "front": 1, "apart": False},
+    ),
+    "dbcache": Method(
+        "DBCache",
+        "cache-dit",
+        "residual of the blocks between the first `front` and the last `back`; each block list decides for itself",
+        "cache-dit: decisions and samples",
+        {
+            "site": "range", "predictor": "delta", "schedule": "compare", "threshold": 0.08, "front": 8, "warmup": 8,
+        },
+    ),
+    "tdc": Method(
+        "6Bit-Diffusion, temporal delta cache",
+        "2603.18742",
+        "each block's residual, at most two steps in a row, while it changed little when it was last computed",
+        "its rule on recorded values; refresh at every step changes nothing",
+        {
+            "site": "block", "predictor": "delta", "schedule": "history", "threshold": 0.2, "longest": 2, "warmup": 2,
+            "freeze": True, "apart": False,
+        },
+        reconstructed="the score grows with the steps since; frozen, as a step with a decision for each block is many "
+        "graphs (site=range freeze=false decides at run time)",
     ),
 }  # fmt: skip

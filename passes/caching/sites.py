@@ -34,12 +34,13 @@ class Candidate:
 
 
 def find_sites(
-    graph: fx.GraphModule, kind: str, *, front: int = 0, back: int = 0, branch_id: int | None = None,
-    blocks: Sequence[str] = (), refused: Refused,
+    graph: fx.GraphModule, kind: str, *, front: int = 0, back: int = 0, apart: bool = True,
+    branch_id: int | None = None, blocks: Sequence[str] = (), refused: Refused,
 ) -> tuple[Candidate, ...]:  # fmt: skip
     """Candidates of one kind, in graph order.
 
-    kind: "range" is the run of blocks between the first `front` and the last `back` of each block list; "block" each
+    kind: "range" is the run of blocks between the first `front` and the last `back` of each block list (not apart: of
+    all lists together); "block" each
     block between them; "runs" the runs of neighbours among `blocks` (paths); "branch" each attention or feed-forward
     before its gate; "cut" the value that enters the `branch_id` + 1 last up layers of a U-Net, or its last stage where
     that is None; "encoder" all that its decoder reads of the encoder; "output" what the network predicts, with what it
@@ -47,7 +48,7 @@ def find_sites(
     """
     regions = find_regions(graph)
     if kind in ("range", "block", "runs"):
-        found = _of_blocks(regions, kind, front, back, blocks, refused)
+        found = _of_blocks(regions, kind, _inner(block_lists(regions), front, back, apart, refused), blocks, refused)
     elif kind == "branch":
         found = _branches(regions)
     elif kind == "cut":
@@ -79,8 +80,23 @@ def _told_apart(sites: Iterable[Candidate]) -> Iterator[Candidate]:
 # --- blocks ---
 
 
+def _inner(
+    lists: dict[str, list[Region]], front: int, back: int, apart: bool, refused: Refused
+) -> dict[str, list[Region]]:
+    """The blocks of each list but the first `front` and the last `back`: of each, or of all lists together."""
+    every = [block for blocks in lists.values() for block in blocks]
+    kept = every[front : len(every) - back]
+    inner = {}
+    for parent, blocks in lists.items():
+        inner[parent] = blocks[front : len(blocks) - back] if apart else [block for block in blocks if block in kept]
+        if not inner[parent]:
+            why = f"has {len(blocks)} blocks; front {front} and back {back} leave none to cache"
+            refused.append((parent, why))
+    return inner
+
+
 def _of_blocks(
-    regions: tuple[Region, ...], kind: str, front: int, back: int, named: Sequence[str], refused: Refused
+    regions: tuple[Region, ...], kind: str, inner: dict[str, list[Region]], named: Sequence[str], refused: Refused
 ) -> Iterator[Candidate]:
     lists = block_lists(regions)
     if unknown := [
@@ -89,11 +105,7 @@ def _of_blocks(
         raise PassError(f"no block is called {unknown[0]!r}; `dcompile inspect` shows them")
     layer = 0
     for parent, blocks in lists.items():
-        inner = blocks[front : len(blocks) - back]
-        if not inner:
-            why = f"has {len(blocks)} blocks; front {front} and back {back} leave none to cache"
-            refused.append((parent, why))
-        for run in _runs(blocks, inner, kind, named):
+        for run in _runs(blocks, inner[parent], kind, named):
             yield from _run(run, kind, layer + blocks.index(run[0]), refused)
         layer += len(blocks)
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, fx
 
 from dcompile.compiler import rewrite
 from dcompile.compiler.calibrate import example_conditions
-from dcompile.compiler.decisions import limit_of
+from dcompile.compiler.decisions import decide, limit_of
 from dcompile.compiler.errors import PassError
 from dcompile.compiler.execute import run, zero_state
 from dcompile.compiler.plan import Predicate, Site, taylor
@@ -106,6 +106,40 @@ def test_a_rule_decides_as_it_is_defined(rule: str, below: float, options: dict[
     assert computed == by_hand(program, program.plan.predicates[0])
     assert {computed[0], computed[-1]} == {True}
     assert set(computed[1:-1]) == {True, False}  # it decides both ways
+
+
+def test_teacaches_golden_decisions() -> None:
+    """rel_i = .02 (1 + i mod 5), threshold .15, 20 steps, the polynomial that changes nothing: systems/cache.md 4."""
+    changes = np.array([0.02 * (1 + i % 5) for i in range(20)])
+    values = torch.from_numpy(np.cumprod(1 + np.concatenate([[0], changes[1:]]))).float()
+    open_steps = (False, *[True] * 18, False)
+    predicate = Predicate("sum", (), "accumulate", 0.15, open_steps, "x")
+    graph = fx.Graph()
+    graph.output((graph.placeholder("x"),))
+    module = fx.GraphModule({}, graph)
+    x = rewrite.node_named(module, "x")
+    x.meta["val"] = torch.ones(1, 4)
+    states: dict[str, str] = {}
+
+    def new_input(name: str, slot: str, example: fx.Node) -> fx.Node:
+        if slot not in states.values():
+            states[name] = slot
+            return rewrite.add_input(module, name, torch.zeros(()))
+        return rewrite.node_named(module, name)
+
+    nodes = decide(module, predicate, lambda name: x, (), rewrite.output_node(module), new_input)
+    kept = {**nodes.computing}, {**nodes.reusing}
+    rewrite.output_node(module).args = ((nodes.decision, *kept[0].values(), *kept[1].values()),)
+    module = fx.GraphModule(module, module.graph)
+    held = {slot: torch.zeros(1, 4) if "reference" in slot else torch.zeros(1) for slot in states.values()}
+    computed = []
+    for step in range(20):
+        decision, *rest = module(values[step].expand(1, 4), *[held[states[name]] for name in states])
+        computes = not open_steps[step] or not float(decision) < predicate.below
+        computing, reusing = rest[: len(kept[0])], rest[len(kept[0]) :]
+        held |= zip(kept[0], computing, strict=True) if computes else zip(kept[1], reusing, strict=True)
+        computed.append(computes)
+    assert [step for step, computes in enumerate(computed) if computes] == [0, 3, 6, 9, 13, 16, 19]
 
 
 def test_a_history_goes_by_what_the_sites_did(dit: Program) -> None:

@@ -46,19 +46,18 @@ def test_what_cannot_be_planned_is_refused() -> None:
         schedules.at(6, (0, 6), "keys")
 
 
-def test_teacaches_accumulator() -> None:
-    """Its golden: rel_i = .02 (1 + i mod 5), threshold .15, 20 steps, the polynomial that changes nothing."""
-    changes = [0.02 * (1 + i % 5) for i in range(20)]
-    assert steps(replay.accumulate(changes, 0.15)) == [0, 3, 6, 9, 13, 16, 19]
-    assert steps(replay.accumulate(changes, 0.0)) == list(range(20))
-    assert steps(replay.accumulate(changes, 99.0, warmup=2, last=0)) == [0, 1]
-    assert replay.accumulate(changes, 0.3, polynomial=(2.0, 0.0)) == replay.accumulate(changes, 0.15)
-
-
 def test_hold_compares_with_what_is_held() -> None:
     position = np.array([0, 1, 2, 3, 10, 11, 12], float)
     distance = abs(position[:, None] - position[None])
     assert steps(replay.hold(distance, 2.5)) == [0, 3, 4]
     assert steps(replay.hold(distance, 2.5, warmup=2, last=1)) == [0, 1, 4, 6]
-    assert steps(replay.hold(distance, 99, longest=2)) == [0, 3, 6]
     assert steps(replay.hold(distance, 0.0)) == list(range(7))
+
+
+def test_a_history_goes_by_the_change_before_the_last_computed_step() -> None:
+    position = np.array([0, 1, 2, 3, 4, 5, 6, 7], float)  # a change of 1 a step, which a step expects to go on
+    distance = abs(position[:, None] - position[None])
+    assert steps(replay.history(distance, 2.5)) == [0, 1, 4, 7]
+    assert steps(replay.history(distance, 2.5, longest=1)) == [0, 1, 3, 5, 7]
+    assert steps(replay.history(distance, 9.0, warmup=3, last=2)) == [0, 1, 2, 6, 7]
+    assert steps(replay.history(distance, 0.0)) == list(range(8))
