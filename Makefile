@@ -53,7 +53,7 @@ clean:
 
 $(INSTALLED): .venv/torch pyproject.toml
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
-	$(PIP) install -q -c constraints.txt --no-deps DeepCache  # an oracle; it asks for transformers, and does not use it
+	$(PIP) install -q -c constraints.txt --no-deps DeepCache cache-dit  # oracles; they ask for transformers, and do not use it
 	touch $@
 
 # The package as users get it, for the type checker, which cannot follow the package-dir mapping of an editable install.

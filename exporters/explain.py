@@ -24,7 +24,7 @@ from ..compiler.regions import Region
 from ..compiler.rewrite import attribute
 from ..passes import PASSES, SHORT_NAMES
 from ..passes.caching.methods import METHODS
-from ..runtime.manifest import Call, Contract, Manifest, Slot, read, verify
+from ..runtime.manifest import Call, Contract, Jump, Manifest, Slot, read, verify
 from .build import check_recipe, inputs_of, source_of
 from .bundle import check_output
 from .report import human
@@ -126,13 +126,16 @@ def bundle_tree(path: Path, check: bool) -> Tree:
         f"written by dcompile {manifest.dcompile}"
     )
     tree.add(contract_line(manifest.contract))
-    calls = [row.call for row in manifest.script if isinstance(row, Call)]
-    engines = tree.add(f"engines ({len(calls)} calls a sample)")
+    kinds = _kinds_of_steps(manifest)
+    decides = any(isinstance(row, Jump) for row in manifest.script)
+    calls = sum(len(names) * len(steps) for names, steps in kinds.items())
+    engines = tree.add("engines" if decides else f"engines ({calls} calls a sample)")
     for name, engine in manifest.engines.items():
         size = human(manifest.files[engine.file].bytes, "bytes")
-        engines.add(f"{name}  {calls.count(name)} calls  [dim]{engine.file}, {size}[/dim]")
-    kinds = _kinds_of_steps(manifest)
-    script = tree.add(f"script ({sum(map(len, kinds.values()))} steps)")
+        count = sum(row == Call(name, row.row) for row in manifest.script if isinstance(row, Call))
+        most = "up to " if decides else ""
+        engines.add(f"{name}  {most}{count} calls  [dim]{engine.file}, {size}[/dim]")
+    script = tree.add(f"script ({manifest.contract.steps} steps{', some decide what they run' if decides else ''})")
     for engine_names, steps in kinds.items():
         script.add(f"{len(steps)} x {' + '.join(engine_names)}  [dim]steps {_ranges(steps)}[/dim]")
     files = tree.add("files" + (" (all match their checksums)" if check else ""))
@@ -143,16 +146,28 @@ def bundle_tree(path: Path, check: bool) -> Tree:
 
 
 def _kinds_of_steps(manifest: Manifest) -> dict[tuple[str, ...], list[int]]:
-    """The calls that make up a step -> the steps that make these calls. A step ends where the sample is written."""
+    """The calls that make up a step -> the steps that make these calls, or may: a step that decides has several."""
     kinds: dict[tuple[str, ...], list[int]] = {}
-    step: list[str] = []
-    for row in manifest.script:
-        if isinstance(row, Call):
-            step.append(row.call)
-            if Slot("sample") in manifest.engines[row.call].outputs.values():
-                kinds.setdefault(tuple(step), []).append(sum(map(len, kinds.values())))
-                step = []
-    return kinds
+    waiting: list[tuple[int, int, tuple[str, ...]]] = [(0, 0, ())]  # row of the script, step, calls of it so far
+    seen = set()
+    while waiting:
+        position, step, calls = waiting.pop()
+        if position >= len(manifest.script) or (position, step, calls) in seen:
+            continue
+        seen.add((position, step, calls))
+        row = manifest.script[position]
+        if isinstance(row, Jump):
+            waiting += [(row.jump, step, calls), (position + 1, step, calls)]
+        elif Slot("sample") in manifest.engines[row.call].outputs.values():
+            steps = kinds.setdefault((*calls, row.call), [])
+            steps += [step] if step not in steps else []
+            following = position + 1
+            while following < len(manifest.script) and isinstance(past := manifest.script[following], Jump):
+                following = past.jump  # past the other ways to end the step
+            waiting.append((following, step + 1, ()))
+        else:
+            waiting.append((position + 1, step, (*calls, row.call)))
+    return {names: sorted(steps) for names, steps in kinds.items()}
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -54,6 +54,7 @@ def describe(
             "steps": plan.steps,
             "sites": [site.name for site in plan.sites],
             "computed": [list(site.computed) for site in plan.sites],
+            "decided_steps": [step for step in range(plan.steps) if plan.open(step)],
         },
         "layout": {"name": choice.layout, "reason": choice.reason, **choice.figures},
         "parity": [asdict(result) for result in exported.parity],

@@ -398,6 +398,7 @@ def _plan(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "total": total,
         "done": done,
         "reused_percent": _percent((total - done) / total),
+        "decided": len(plan.get("decided_steps") or ()),
         "cell": cell,
         "row_height": 22,
         "left": left,

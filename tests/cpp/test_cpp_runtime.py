@@ -16,7 +16,7 @@ import openvino
 import pytest
 
 from dcompile.runtime import DcompileError, Session, load
-from dcompile.runtime.manifest import Call, Condition, FileSpec, SampleSpec, Slot, StateSpec, Table
+from dcompile.runtime.manifest import Call, Condition, FileSpec, Jump, SampleSpec, Slot, StateSpec, Table
 from dcompile.runtime.random import normal
 
 Build = Callable[..., Any]
@@ -149,6 +149,16 @@ def test_segments(driver: Driver, compiled: Callable[..., Path], dit_folder: Pat
     bundle = compiled(dit_folder, passes=("cache:interval=2,warmup=1",), layout="segments")
     assert len(load(bundle, verify=False).manifest.script) > 4
     expect_same(driver, bundle, ONE, EIGHT)
+
+
+@pytest.mark.parametrize("layout", ["variants", "segments"])
+def test_steps_that_decide_what_they_compute(
+    driver: Driver, compiled: Callable[..., Path], dit_folder: Path, layout: str
+) -> None:
+    """Alone, seeds 0 and 4 compute steps 1 and 3, seed 3 reuses at both: C++ decides as Python does."""
+    bundle = compiled(dit_folder, passes=("cache:method=fbcache,threshold=0.8",), layout=layout)
+    expect_same(driver, bundle, ONE, EIGHT, *({"labels": [seed], "seed": seed} for seed in (0, 3, 4)))
+    assert any(isinstance(row, Jump) for row in load(bundle, verify=False).manifest.script)
 
 
 def test_unet_with_fresh_noise_every_step(driver: Driver, compiled: Callable[..., Path], unet_folder: Path) -> None:
