@@ -39,7 +39,7 @@ class Model:
 
 
 def load_model(name: str) -> Model:
-    """ "glyphs", the example DiT, or "dit_b2", the DiT-B/2-sized one with random weights."""
+    """An example's network ("glyphs", "glyphs_unet"), or "dit_b2", the DiT-B/2-sized one with random weights."""
     import diffusers
 
     if name == "dit_b2":
@@ -48,7 +48,7 @@ def load_model(name: str) -> Model:
         scheduler = diffusers.DDIMScheduler(clip_sample=False)
         return Model(dit_b2.network(), scheduler, (4, 32, 32), 1000, 1000, dit_b2.GUIDANCE, dit_b2.STEPS)
     folder = ROOT / "examples" / name / "model"
-    network = diffusers.DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    network = diffusers.AutoModel.from_pretrained(str(folder), torch_dtype=torch.float32).eval()
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
     from dcompile.compiler.ingest import Source, ingest
 
