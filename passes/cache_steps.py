@@ -40,8 +40,9 @@ class CacheSteps:
     site: "range" is the run of blocks between the first `front` and the last `back` of each block list; "block" each of
     them; "runs" runs of neighbours among `blocks`; "stages" the rear half of the blocks before step `turn`, the front
     half from there on; "branch" each attention or feed-forward before its gate; "cut" the U-Net value that enters the
-    `branch` + 1 last up layers; "encoder" all that a U-Net's decoder reads of its encoder; "output" what the network
-    predicts; "auto" is the "cut" before the last stage for a network with stages, else "range".
+    `branch` + 1 last up layers; "encoder" all that a U-Net's decoder reads of its encoder, or what the last `back`
+    blocks of another network are given; "output" what the network predicts; "auto" is the "cut" before the last stage
+    for a network with stages, else "range".
     schedule: "interval" computes the first `warmup` and the `last` steps and one in `interval`; "to_the_end" one in
     `interval`, counted from the last step; "keys" the steps in `keys`; "quadratic" `budget` steps, denser around
     `center` (by `power`); "segments" the `budget` steps that dynamic programming finds on recorded runs, by `distance`
@@ -276,7 +277,7 @@ class CacheSteps:
         if kind == "stages":
             return _stages(graph, refused)
         return find_sites(
-            graph, kind, front=_int(self.front), back=_int(self.back), apart=bool(self.apart), branch_id=self.branch,
+            graph, kind, front=_int(self.front), back=self.back, apart=bool(self.apart), branch_id=self.branch,
             blocks=self.blocks or (), refused=refused,
         )  # fmt: skip
 

@@ -94,6 +94,15 @@ METHODS: Mapping[str, Method] = {
         "brute force for the dynamic program",
         {"site": "branch", "schedule": "segments", "distance": "cosine", "union": 3, "each": True},
     ),
+    "ddt": Method(
+        "DDT",
+        "2504.05741",
+        "what the last blocks are given by all before them, copied whole, on steps by dynamic programming",
+        "a network of its form with the condition passed in; brute force for the dynamic program",
+        {"site": "encoder", "schedule": "segments", "distance": "cosine", "back": None},
+        reconstructed="on a network whose last blocks do not read the sample, they read the copy alone; one cosine for "
+        "the whole condition, not one for each token",
+    ),
     "segments": Method(
         "Segments",
         "2504.05741, 2503.01323",

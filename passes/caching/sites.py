@@ -14,6 +14,7 @@ from ...compiler.regions import Region, find_regions, module_path
 from ...compiler.rewrite import aten
 
 Refused = list[tuple[str, str]]
+DDT_SHARE = 6 / 28  # of its blocks are the decoder
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,28 @@ class Candidate:
 
 
 def find_sites(
-    graph: fx.GraphModule, kind: str, *, front: int = 0, back: int = 0, apart: bool = True,
+    graph: fx.GraphModule, kind: str, *, front: int = 0, back: int | None = 0, apart: bool = True,
     branch_id: int | None = None, blocks: Sequence[str] = (), refused: Refused,
 ) -> tuple[Candidate, ...]:  # fmt: skip
     """Candidates of one kind, in graph order.
 
     kind: "range" is the run of blocks between the first `front` and the last `back` of each block list (not apart: of
-    all lists together); "block" each
-    block between them; "runs" the runs of neighbours among `blocks` (paths); "branch" each attention or feed-forward
-    before its gate; "cut" the value that enters the `branch_id` + 1 last up layers of a U-Net, or its last stage where
-    that is None; "encoder" all that its decoder reads of the encoder; "output" what the network predicts, with what it
-    was given for its base. refused takes (what, why) of what is left out.
+    all lists together); "block" each block between them; "runs" the runs of neighbours among `blocks` (paths); "branch"
+    each attention or feed-forward before its gate; "cut" the value that enters the `branch_id` + 1 last up layers of a U-Net, or its last stage where
+    that is None; "encoder" all that its decoder reads of the encoder, or what the last `back` blocks of a network
+    without up layers are given (None: as large a share as DDT's 6 of 28); "output" what the network predicts, with what
+    it was given for its base. refused takes (what, why) of what is left out.
     """
     regions = find_regions(graph)
     if kind in ("range", "block", "runs"):
-        found = _of_blocks(regions, kind, _inner(block_lists(regions), front, back, apart, refused), blocks, refused)
+        inner = _inner(block_lists(regions), front, back or 0, apart, refused)
+        found = _of_blocks(regions, kind, inner, blocks, refused)
     elif kind == "branch":
         found = _branches(regions)
     elif kind == "cut":
         found = _cut(graph, regions, branch_id)
     elif kind == "encoder":
-        found = _encoder(graph)
+        found = _encoder(graph) if _joins(graph) else _condition(graph, regions, back, refused)
     else:
         found = _output(graph)
     return tuple(_told_apart(found))
@@ -161,6 +163,33 @@ def _branches(regions: tuple[Region, ...]) -> Iterator[Candidate]:
                 suffix = f"_stream{number}" if len(region.streams) > 1 else ""
                 name = f"{_short(f'{region.path}.{branch.name}')}{suffix}"
                 yield Candidate(name, branch.value, None, name, layer, feeds=branch is stream.branches[-1])
+
+
+def _condition(
+    graph: fx.GraphModule, regions: tuple[Region, ...], back: int | None, refused: Refused
+) -> Iterator[Candidate]:
+    """The streams that leave the blocks before the last `back`: of DDT (2504.05741), the condition they make of it."""
+    blocks = [block for blocks in block_lists(regions).values() for block in blocks]
+    decoder = max(1, round(len(blocks) * DDT_SHARE)) if back is None else back
+    if not blocks[: len(blocks) - decoder]:
+        refused.append(("encoder", f"the network has {len(blocks)} blocks; back {decoder} leaves none to cache"))
+        return
+    last = blocks[len(blocks) - decoder - 1]
+    after = {name for block in blocks[len(blocks) - decoder :] for name in block.nodes}
+    for number, stream in enumerate(last.streams):
+        value = _handed_on(rewrite.node_named(graph, stream.exit), after)
+        yield Candidate(f"encoder{number}", value.name, None, "encoder")
+
+
+def _handed_on(value: fx.Node, readers: set[str]) -> fx.Node:
+    """What nodes outside the blocks make of a value before several readers get it; the value itself if they do not."""
+    found = value
+    while len(found.users) == 1:
+        (user,) = found.users
+        if user.name in readers or rewrite.shape_of(user) != rewrite.shape_of(value):
+            break
+        found = user
+    return found if any(user.name in readers for user in found.users) else value
 
 
 # --- U-Nets ---

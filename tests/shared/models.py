@@ -207,12 +207,53 @@ class TokenBlock(nn.Module):
         return hidden + update
 
 
+class SharedCondition(nn.Module):
+    """The form of DDT (2504.05741): encoder blocks make a condition, the others read it beside a fresh sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.time, self.enter = nn.Linear(4, 32), nn.Linear(1, 32), nn.Linear(4, 32)
+        self.blocks = nn.ModuleList(ConditionedBlock() for _ in range(5))
+        self.leave = nn.Linear(32, 4)
+
+    def condition(self, x: Tensor, sigma: Tensor) -> Tensor:
+        time = self.time(sigma[:, None] / 1000)[:, None]
+        hidden: Tensor = self.encode(x)
+        for block in self.blocks[:3]:
+            hidden = block(hidden, time)
+        return nn.functional.silu(time + hidden)
+
+    def velocity(self, x: Tensor, condition: Tensor) -> Tensor:
+        hidden: Tensor = self.enter(x)
+        for block in self.blocks[3:]:
+            hidden = block(hidden, condition)
+        output: Tensor = self.leave(hidden)
+        return output
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.velocity(x, self.condition(x, sigma))
+
+
+class ConditionedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.modulate, self.mix = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(32, 32)
+
+    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
+        gate, shift = self.modulate(condition).chunk(2, dim=-1)
+        return hidden + gate * self.mix(self.norm(hidden) + shift)
+
+
 UNET_CONTRACT = "conditions:\n  class_labels: {dtype: int64, classes: 10, unconditional: 10}\n"
 TOKENS_CONTRACT = "sample: x\ntimestep: sigma\nsample_shape: [6, 4]\npredicts: flow\n"
 
 
 def tokens() -> nn.Module:
     return randomise(Tokens())
+
+
+def shared_condition() -> nn.Module:
+    return randomise(SharedCondition())
 
 
 def tokens_in_place() -> nn.Module:
