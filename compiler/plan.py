@@ -31,6 +31,8 @@ class Site:
     reuse: float32 [steps, states]. refresh: float32 [steps, states - 1].
     correction: float32 [steps, 2, channels], or None: what is reused is multiplied by the first row and has the second
     added. Channels are the value's second dimension where it has four or more, else its last.
+    overlaps: names of sites without whose insides this one has no value, or no base. A step that reuses one of them and
+    not this one leaves this one alone: it runs what it needs of the network, and the states stay what they were.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Site:
     reuse: NDArray[np.float32]
     refresh: NDArray[np.float32]
     correction: NDArray[np.float32] | None = None
+    overlaps: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.computed or not self.computed[0]:
@@ -147,6 +150,13 @@ class Plan:
                 mask = self.decided(mask, predicate, bit)
             found.append(mask)
         return tuple(found)
+
+    def emits(self, mask: Mask) -> Mask:
+        """Per site: does a step with this mask leave its states behind. One that computes it does, but for overlaps."""
+        reused = {site.name for site, computed in zip(self.sites, mask, strict=True) if not computed}
+        return tuple(
+            computed and reused.isdisjoint(site.overlaps) for site, computed in zip(self.sites, mask, strict=True)
+        )
 
     @property
     def masks(self) -> tuple[Mask, ...]:

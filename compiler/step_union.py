@@ -83,6 +83,7 @@ def unite(program: Program) -> StepUnion:
     _store_apart(module)
     inputs = graph_inputs(program, module)
     masks = program.plan.masks
+    emits = [program.plan.emits(mask) for mask in masks]
     every = frozenset(range(len(masks)))
     values = {site.value: _alone(module, rewrite.node_named(module, site.value)) for site in program.plan.sites}
 
@@ -97,9 +98,15 @@ def unite(program: Program) -> StepUnion:
         if site.base is not None:
             base = find(site.base)
         kinds = frozenset(kind for kind, mask in enumerate(masks) if mask[index])
+        emitting = frozenset(kind for kind in kinds if emits[kind][index])
         states = refreshed_states(module, site, value, base, inputs)
-        outputs += [(state_slot(site, order), state, kinds) for order, state in enumerate(states)]
-        stand_ins[value] = reused_value(module, site, value, base, inputs)
+        stand_in = reused_value(module, site, value, base, inputs)
+        if states[0] is value and emitting != kinds:  # who reads a copy must not read the state: it may be an older one
+            states[0] = rewrite.call(module, rewrite.output_node(module), aten.alias.default, value)
+            if stand_in.op == "placeholder":
+                stand_in = rewrite.call(module, value, aten.alias.default, stand_in)
+        outputs += [(state_slot(site, order), state, emitting) for order, state in enumerate(states)]
+        stand_ins[value] = stand_in
         computed[value] = kinds
     fresh = {slot: node for slot, node, _ in outputs}
     decisions = {}

@@ -77,7 +77,9 @@ def _specialised(
     def find(name: str) -> fx.Node:
         return reused[name] if name in reused else rewrite.node_named(module, name)
 
-    for site, computed in zip(program.plan.sites, mask, strict=True):
+    for site, computed, emitted in zip(program.plan.sites, mask, program.plan.emits(mask), strict=True):
+        if computed and not emitted:
+            continue
         value, base = rewrite.node_named(module, site.value), None
         if site.base is not None:
             base = find(site.base)

@@ -38,11 +38,11 @@ class CacheSteps:
 
     method: sets the defaults of all that follows.
     site: "range" is the run of blocks between the first `front` and the last `back` of each block list; "block" each of
-    them; "runs" runs of neighbours among `blocks`; "stages" the rear half of the blocks before step `turn`, the front
-    half from there on; "branch" each attention or feed-forward before its gate; "cut" the U-Net value that enters the
-    `branch` + 1 last up layers; "encoder" all that a U-Net's decoder reads of its encoder, or what the last `back`
-    blocks of another network are given; "output" what the network predicts; "auto" is the "cut" before the last stage
-    for a network with stages, else "range".
+    them; "runs" runs of neighbours among `blocks`; "stages" all but the first `front` blocks before step `turn`, all
+    but the last `back` from there on (a quarter each where they are None); "branch" each attention or feed-forward
+    before its gate; "cut" the U-Net value that enters the `branch` + 1 last up layers; "encoder" all that a U-Net's
+    decoder reads of its encoder, or what the last `back` blocks of another network are given; "output" what the network
+    predicts; "auto" is the "cut" before the last stage for a network with stages, else "range".
     schedule: "interval" computes the first `warmup` and the `last` steps and one in `interval`; "to_the_end" one in
     `interval`, counted from the last step; "keys" the steps in `keys`; "quadratic" `budget` steps, denser around
     `center` (by `power`); "segments" the `budget` steps that dynamic programming finds on recorded runs, by `distance`
@@ -155,7 +155,8 @@ class CacheSteps:
         if not self.correct:
             return Decision(choices)
         masks = step._masks(program, sites, choices)
-        fits = fit_copies(program, {self._watched(site): mask for site, mask in masks.items()}, calibration)
+        leaders = {self._watched(site): _left_behind(site, masks) for site in masks}
+        fits = fit_copies(program, leaders, calibration)
         return Decision(choices, fits)
 
     def _measured(self, program: Program, sites: Sequence[Candidate], calibration: Calibration) -> dict[str, list[int]]:
@@ -182,7 +183,8 @@ class CacheSteps:
     ) -> dict[str, list[int]]:
         """Unit -> the steps that compute it in most runs."""
         forced = self._forced(program.steps)
-        written = tuple(self._site(site, forced, None) for site in sites)
+        masks = dict.fromkeys(sites, forced)
+        written = tuple(self._site(site, masks, None) for site in sites)
         plan = Plan(program.steps, written, self._predicates(program, sites, choices))
         rows = vote(replace(program, plan=plan), calibration)
         return {site.unit: [i for i, row in enumerate(rows) if row[index]] for index, site in enumerate(sites)}
@@ -249,11 +251,8 @@ class CacheSteps:
             )
         masks = step._masks(program, candidates, decision.choices)
         open_sites = candidates if self.schedule in _DECIDED and not self.freeze else ()
-        sites = tuple(
-            step._site(site, mask, decision.tensors.get(site.name))
-            for site, mask in masks.items()
-            if not all(mask) or site in open_sites
-        )
+        masks = {site: mask for site, mask in masks.items() if not all(mask) or site in open_sites}
+        sites = tuple(step._site(site, masks, decision.tensors.get(site.name)) for site in masks)
         if not sites:
             given = f"interval {self.interval}, warmup {self.warmup} and last {self.last}"
             why = f"{given} compute all {program.steps} steps"
@@ -275,7 +274,7 @@ class CacheSteps:
         if kind == "auto":
             kind = "cut" if any(region.children for region in find_regions(graph)) else "range"
         if kind == "stages":
-            return _stages(graph, refused)
+            return _stages(graph, self.front, self.back, self.predictor == "copy", refused)
         return find_sites(
             graph, kind, front=_int(self.front), back=self.back, apart=bool(self.apart), branch_id=self.branch,
             blocks=self.blocks or (), refused=refused,
@@ -307,14 +306,21 @@ class CacheSteps:
             return tuple(full or (i >= turn if unit == "rear" else i < turn) for i, full in enumerate(mask))
         return mask
 
-    def _site(self, site: Candidate, computed: Mask, correction: NDArray[np.float32] | None) -> Site:
+    def _site(self, site: Candidate, masks: Mapping[Candidate, Mask], correction: NDArray[np.float32] | None) -> Site:
         base = site.base if self.predictor != "copy" else None
         if self.predictor == "delta" and base is None:
             raise PassError(
                 f"cache_steps: {site.name} has no input of its own shape, which predictor 'delta' adds to; use copy"
             )
-        reuse, refresh = taylor(computed, _ORDERS[self.predictor or "copy"])
-        return Site(site.name, site.value, base, computed, reuse, refresh, correction)
+        reuse, refresh = taylor(_left_behind(site, masks), _ORDERS[self.predictor or "copy"])
+        overlaps = tuple(other.name for other in masks if other.name in site.overlaps)
+        return Site(site.name, site.value, base, masks[site], reuse, refresh, correction, overlaps)
+
+
+def _left_behind(site: Candidate, masks: Mapping[Candidate, Mask]) -> Mask:
+    """The steps that leave the site's states behind, as `Plan.emits` has it."""
+    others = [mask for other, mask in masks.items() if other.name in site.overlaps]
+    return tuple(computed and all(mask[i] for mask in others) for i, computed in enumerate(masks[site]))
 
 
 def _refuse_second(program: Program) -> None:
@@ -330,14 +336,27 @@ def _steps(mask: Mask) -> list[int]:
     return [step for step, computes in enumerate(mask) if computes]
 
 
-def _stages(graph: fx.GraphModule, refused: Refused) -> tuple[Candidate, ...]:
-    """The front half of each block list as unit "front", the rear half as "rear"."""
+def _stages(
+    graph: fx.GraphModule, front: int | None, back: int | None, copies: bool, refused: Refused
+) -> tuple[Candidate, ...]:
+    """All but the last `back` of each block list as unit "front", all but the first `front` as "rear".
+
+    copies: of what leaves a range. Then nothing reads what comes before it, the other range neither.
+    """
     found: list[Candidate] = []
-    for blocks in block_lists(find_regions(graph)).values():
-        half = len(blocks) // 2
-        for unit, chosen in (("front", blocks[:half]), ("rear", blocks[len(blocks) - half :])):
-            names = [block.path for block in chosen]
-            found += [replace(site, unit=unit) for site in find_sites(graph, "runs", blocks=names, refused=refused)]
+    for parent, blocks in block_lists(find_regions(graph)).items():
+        count, quarter = len(blocks), max(1, round(len(blocks) / 4))
+        first, end = quarter if front is None else front, count - (quarter if back is None else back)
+        if not (first < count and end > 0 and (first, end) != (0, count)):
+            refused.append((parent, f"has {count} blocks; front {first} and back {count - end} leave no two ranges"))
+            continue
+        of_front, of_rear = (
+            find_sites(graph, "runs", blocks=[block.path for block in chosen], refused=refused)
+            for chosen in (blocks[:end], blocks[first:])
+        )
+        for unit, own, others in (("front", of_front, of_rear), ("rear", of_rear, of_front)):
+            overlaps = tuple(other.name for other in others) if first < end or copies else ()
+            found += [replace(site, unit=unit, overlaps=overlaps) for site in own]
     return tuple(found)
 
 

@@ -74,10 +74,11 @@ METHODS: Mapping[str, Method] = {
     "delta_dit": Method(
         "Δ-DiT",
         "2406.01125",
-        "the rear blocks' residual at early steps, the front blocks' after them",
-        "refresh at every step changes nothing; each step computes one end",
-        {"site": "stages", "predictor": "delta", "interval": 2},
-        reconstructed="the number of blocks (3/4 of them) and the step at which the ends change places (half way)",
+        "the residual of all but the first blocks at early steps, of all but the last after them",
+        "replay of its overlapping ranges in PyTorch; refresh at every step changes nothing",
+        {"site": "stages", "predictor": "delta", "interval": 2, "front": None, "back": None},
+        reconstructed="the step at which the ranges change places (half way), for any budget; 3/4 of the blocks, as in "
+        "its study, are either range",
     ),
     "profilingdit": Method(
         "ProfilingDiT",

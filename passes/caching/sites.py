@@ -23,7 +23,7 @@ class Candidate:
 
     value: node name. base: node of the same shape that a delta is taken from, or None where there is none. unit: sites
     of one unit are decided together, as the two streams of a block are. layer: number of its block, counted over all
-    block lists. feeds: it is a feed-forward.
+    block lists. feeds: it is a feed-forward. overlaps: see plan.Site.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Candidate:
     unit: str
     layer: int = 0
     feeds: bool = False
+    overlaps: tuple[str, ...] = ()
 
 
 def find_sites(
@@ -44,7 +45,7 @@ def find_sites(
     all lists together); "block" each block between them; "runs" the runs of neighbours among `blocks` (paths); "branch"
     each attention or feed-forward before its gate; "cut" the value that enters the `branch_id` + 1 last up layers of a U-Net, or its last stage where
     that is None; "encoder" all that its decoder reads of the encoder, or what the last `back` blocks of a network
-    without up layers are given (None: as large a share as DDT's 6 of 28); "output" what the network predicts, with what
+    without stages are given (None: as large a share as DDT's 6 of 28); "output" what the network predicts, with what
     it was given for its base. refused takes (what, why) of what is left out.
     """
     regions = find_regions(graph)
@@ -56,7 +57,8 @@ def find_sites(
     elif kind == "cut":
         found = _cut(graph, regions, branch_id)
     elif kind == "encoder":
-        found = _encoder(graph) if _joins(graph) else _condition(graph, regions, back, refused)
+        is_unet = any(region.children for region in regions)
+        found = _encoder(graph) if is_unet else _condition(graph, regions, back, refused)
     else:
         found = _output(graph)
     return tuple(_told_apart(found))

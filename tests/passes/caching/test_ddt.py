@@ -69,6 +69,13 @@ def test_on_a_plain_network_it_is_what_enters_the_last_blocks(dit: Program, toke
         assert site.base is None
 
 
+def test_two_streams_leave_the_encoder(program_of: Callable[[str], Program]) -> None:
+    program = program_of("flux")
+    step = CacheSteps(method="ddt", schedule="interval")
+    sites = step.apply(program, Decision()).program.plan.sites
+    assert {site.value for site in sites} == set(program.regions[-2].outputs)
+
+
 def test_a_decoder_of_every_block_is_refused(dit: Program) -> None:
     step = CacheSteps(method="ddt", schedule="interval", back=3)
     with pytest.raises(Exception, match="found no site of kind 'encoder'"):
