@@ -15,6 +15,7 @@ from .program import Decision, Pass, PassResult, Program
 from .recipe import options_of
 from .rewrite import weights
 from .store import Store, digest, fingerprint
+from .validate import validate
 
 VERSION = 1  # of what the store keeps: raise it when a pass decides differently from the same measurements
 
@@ -87,11 +88,13 @@ def run_passes(
 
 
 def apply_checked(step: Pass, program: Program, decision: Decision) -> PassResult:
-    """Apply a pass; raises PassError if it edited its input, or says it changed nothing and did (or the reverse)."""
+    """Apply a pass. Raises PassError if it edited its input, says it changed nothing and did (or the reverse), or
+    leaves a plan behind that does not hold."""
     before = _state(program)
     try:
         result = step.apply(program, decision)
         result.program.graph.graph.lint()
+        validate(result.program)
     except DcompileError:
         raise
     except Exception as error:
