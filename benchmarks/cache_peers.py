@@ -59,7 +59,7 @@ def cache_dit(network: Any, front: int, threshold: float, order: int, steps: int
         Fn_compute_blocks=front, Bn_compute_blocks=0, residual_diff_threshold=threshold, num_inference_steps=steps,
         max_warmup_steps=2,
     )  # fmt: skip
-    # It puts one module in place of the blocks, and diffusers' DiT reads its last norm's condition from the first block.
+    # It puts one module in place of the blocks, and diffusers' DiT asks the first block for its norm.
     first = network.transformer_blocks[0]
     CachedBlocks_Pattern_3_4_5.norm1 = property(lambda self: first.norm1)
     calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None

@@ -17,13 +17,15 @@ def validate(program: Program) -> None:
 
     (1) Tables have a row for each step of the sampler. (2) Sites have names and values of their own; value and base are
     nodes of one shape, and a base that is another site's value comes after that site. (3) What a step reuses, an
-    earlier one has left behind. (4) A site that a step is to compute is not inside what the step reuses.
+    earlier one has left behind. (4) A site that a step is to compute is not inside what the step reuses. (5) What a
+    step decides by comes before the sites that it decides about.
     """
     _check_tables(program)
     nodes = {node.name: node for node in program.graph.graph.nodes}
     _check_sites(program.plan, nodes)
     _check_reuse(program.plan)
     _check_nesting(program, nodes)
+    _check_predicates(program.plan, nodes)
 
 
 def _check_tables(program: Program) -> None:
@@ -123,7 +125,7 @@ def _check_nesting(program: Program, nodes: Mapping[str, fx.Node]) -> None:
             missing = {site.value, site.base or site.value} - present if emitted else ()
             around = [other.name for other in reused for node in missing if inside(node, other)]
             if around:
-                step = next(step for step in range(plan.steps) if plan.mask(step) == mask)
+                step = next(step for step in range(plan.steps) if mask in plan.possible(step))
                 raise PassError(
                     f"cache site {site.name!r}: step {step} is to compute it inside {around[0]!r}, which it reuses; "
                     f"reuse both, or name {around[0]!r} among the sites that it overlaps"
@@ -143,15 +145,24 @@ class _Inside:
     def _before(self, name: str) -> set[str]:
         """All that the node is worked out from."""
         if name not in self._known:
-            found: set[str] = set()
-            waiting = list(self._nodes[name].all_input_nodes)
-            while waiting:
-                node = waiting.pop()
-                if node.name not in found:
-                    found.add(node.name)
-                    waiting += node.all_input_nodes
-            self._known[name] = found
+            self._known[name] = rewrite.ancestors(self._nodes[name]) - {name}
         return self._known[name]
+
+
+def _check_predicates(plan: Plan, nodes: Mapping[str, fx.Node]) -> None:
+    values = {site.name: site.value for site in plan.sites}
+    for place, predicate in enumerate(plan.predicates):
+        if unknown := [name for name in predicate.sites if name not in values]:
+            raise PassError(f"decision {predicate.name!r} is about {unknown[0]!r}, which is no site of the plan")
+        undecided = {values[name]: name for later in plan.predicates[place:] for name in later.sites}
+        for node in (predicate.indicator, predicate.base):
+            if node is not None and node not in nodes:
+                raise PassError(f"decision {predicate.name!r}: the graph has no node {node!r}; plan it again")
+            if node is not None and (after := rewrite.ancestors(nodes[node]) & undecided.keys()):
+                raise PassError(
+                    f"decision {predicate.name!r} goes by {node!r}, which follows from the site "
+                    f"{undecided[min(after)]!r} that is not decided yet; go by a value before it"
+                )
 
 
 def _present(plan: Plan, mask: Mask, results: tuple[fx.Node, ...], nodes: Mapping[str, fx.Node]) -> set[str]:

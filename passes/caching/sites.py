@@ -43,10 +43,10 @@ def find_sites(
 
     kind: "range" is the run of blocks between the first `front` and the last `back` of each block list (not apart: of
     all lists together); "block" each block between them; "runs" the runs of neighbours among `blocks` (paths); "branch"
-    each attention or feed-forward before its gate; "cut" the value that enters the `branch_id` + 1 last up layers of a U-Net, or its last stage where
-    that is None; "encoder" all that its decoder reads of the encoder, or what the last `back` blocks of a network
-    without stages are given (None: as large a share as DDT's 6 of 28); "output" what the network predicts, with what
-    it was given for its base. refused takes (what, why) of what is left out.
+    each attention or feed-forward before its gate; "cut" the value that enters the `branch_id` + 1 last up layers of a
+    U-Net, or its last stage where that is None; "encoder" all that its decoder reads of the encoder, or what the last
+    `back` blocks of a network without up layers are given (None: as large a share as DDT's 6 of 28); "output" what the
+    network predicts, with what it was given for its base. refused takes (what, why) of what is left out.
     """
     regions = find_regions(graph)
     if kind in ("range", "block", "runs"):

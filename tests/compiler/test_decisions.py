@@ -19,6 +19,7 @@ from dcompile.compiler.errors import PassError
 from dcompile.compiler.execute import run, zero_state
 from dcompile.compiler.plan import Predicate, Site, taylor
 from dcompile.compiler.program import Decision, Program
+from dcompile.compiler.validate import validate
 from dcompile.compiler.variants import build_probe
 from dcompile.exporters.interpret import run_lowered
 from dcompile.exporters.lower import Layout, choose_layout, lower
@@ -249,3 +250,16 @@ def test_what_a_plan_refuses(dit: Program) -> None:
     site = replace(program.plan.sites[0], reuse=reuse, refresh=refresh)
     with pytest.raises(PassError, match=r"has coefficients by step, and decision 'middle' leaves open which steps"):
         replace(program.plan, sites=(site,))
+    with pytest.raises(PassError, match=r"decision 'middle' is about 'other', which is no site of the plan"):
+        validate(with_predicate(program, sites=("other",)))
+    with pytest.raises(PassError, match=r"decision 'middle': the graph has no node 'nowhere'; plan it again"):
+        validate(with_predicate(program, indicator="nowhere"))
+    late = program.plan.sites[0].value
+    with pytest.raises(PassError, match=rf"goes by '{late}', which follows from the site 'transformer_blocks_1_2'"):
+        validate(with_predicate(program, indicator=late))
+    validate(program)
+
+
+def with_predicate(program: Program, **changes: Any) -> Program:
+    (predicate,) = program.plan.predicates
+    return replace(program, plan=replace(program.plan, predicates=(replace(predicate, **changes),)))
