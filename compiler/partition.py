@@ -90,7 +90,7 @@ def _decided(network: Network, classes: Mapping[_Class, list[Unit]]) -> dict[_Cl
 
 def _finishing(network: Network) -> list[Unit]:
     """The units that write the step's results, over what the step started from."""
-    return [network.unit_of[node] for slot, node, _ in network.union.outputs if slot in ("sample", "history")]
+    return [network.unit_of[node] for _, node, _ in network.union.outputs if node in network.union.closing]
 
 
 def _fits(keys: list[_Class], heavy: set[_Class]) -> bool:

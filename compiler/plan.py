@@ -3,7 +3,7 @@
 A site's reuse value is `base + sum_k reuse[step, k] * state_k`. A step that computes the site refreshes the states:
 state_0 = value - base, state_k = (state_{k-1} - its old value) * refresh[step, k-1]. This one form covers copies (one
 state, no base), residual deltas (one state, base = the region's input) and Taylor predictors of any order (backward
-differences).
+differences). A rolling site refreshes at every step and keeps what the last steps used, computed or predicted.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ class Site:
 
     value: node name. base: node name that the reuse value is added to (residual delta), or None (copy).
     computed: [steps], True where the step computes the value.
-    reuse: float32 [steps, states]. refresh: float32 [steps, states - 1].
+    reuse: float32 [steps, states]. refresh: float32 [steps, states - 1], which a rolling site does not read.
     correction: float32 [steps, 2, channels], or None: what is reused is multiplied by the first row and has the second
     added. Channels are the value's second dimension where it has four or more, else its last.
     overlaps: names of sites without whose insides this one has no value, or no base. A step that reuses one of them and
     not this one leaves this one alone: it runs what it needs of the network, and the states stay what they were.
+    rolling: every step leaves state_0 = what it used for the value, less the base, and state_k = the old state_{k-1};
+    they are one tensor [B, states, ...], since not every engine gives an input back under another name.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Site:
     refresh: NDArray[np.float32]
     correction: NDArray[np.float32] | None = None
     overlaps: tuple[str, ...] = ()
+    rolling: bool = False
 
     def __post_init__(self) -> None:
         if not self.computed or not self.computed[0]:
@@ -181,6 +184,13 @@ def every(interval: int, steps: int, warmup: int = 0, last: int = 0) -> Mask:
     """
     warmup = max(warmup, 1)
     return tuple(i < warmup or (i - warmup + 1) % interval == 0 or i >= steps - last for i in range(steps))
+
+
+def copies(steps: int, states: int) -> NDArray[np.float32]:
+    """[steps, states], the coefficients by which every step reuses state 0 as it is."""
+    reuse = np.zeros((steps, states), np.float32)
+    reuse[:, 0] = 1.0
+    return reuse
 
 
 def taylor(computed: Sequence[bool], order: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

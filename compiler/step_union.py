@@ -16,7 +16,7 @@ from .decisions import Decision, decision_slot
 from .plan import Mask, Plan, Predicate
 from .program import Program
 from .rewrite import aten
-from .variants import decision_nodes, graph_inputs, refreshed_states, result_slots, reused_value, state_slot
+from .variants import decision_nodes, graph_inputs, refreshed_states, result_slots, reused_value, state_slots
 
 Kinds = frozenset[int]  # kinds of steps, as positions in `StepUnion.masks`
 
@@ -28,6 +28,7 @@ class StepUnion:
     inputs: graph input -> ("slot" or "table", name). outputs: (slot, node, kinds of steps that write it).
     stand_ins: value of a site -> what a step that reuses the site reads instead: a node, or the state's input (a copy).
     computed: value of a site -> the kinds of steps that compute it. masks: the plan's distinct rows.
+    closing: outputs that replace what the step started from: nothing may read that after them.
     deciding: node of a decision -> pairs of kinds (computing, reusing) between which it decides.
     """
 
@@ -37,6 +38,7 @@ class StepUnion:
     stand_ins: Mapping[fx.Node, fx.Node]
     computed: Mapping[fx.Node, Kinds]
     masks: tuple[Mask, ...]
+    closing: frozenset[fx.Node]
     deciding: Mapping[fx.Node, frozenset[tuple[int, int]]] = field(default_factory=dict)
 
     @property
@@ -93,6 +95,7 @@ def unite(program: Program) -> StepUnion:
     stand_ins: dict[fx.Node, fx.Node] = {}
     computed: dict[fx.Node, Kinds] = {}
     outputs: list[tuple[str, fx.Node, Kinds]] = []
+    closing: set[fx.Node] = set()
     for index, site in enumerate(program.plan.sites):
         value, base = values[site.value], None
         if site.base is not None:
@@ -105,7 +108,9 @@ def unite(program: Program) -> StepUnion:
             states[0] = rewrite.call(module, rewrite.output_node(module), aten.alias.default, value)
             if stand_in.op == "placeholder":
                 stand_in = rewrite.call(module, value, aten.alias.default, stand_in)
-        outputs += [(state_slot(site, order), state, emitting) for order, state in enumerate(states)]
+        written = every if site.rolling else emitting
+        outputs += [(slot, state, written) for slot, state in zip(state_slots(site), states, strict=True)]
+        closing.update(states if site.rolling else ())
         stand_ins[value] = stand_in
         computed[value] = kinds
     fresh = {slot: node for slot, node, _ in outputs}
@@ -121,7 +126,14 @@ def unite(program: Program) -> StepUnion:
     outputs = [(slot, node, every) for slot, node in zip(slots, results, strict=True)] + outputs
     rewrite.output_node(module).args = (tuple(node for _, node, _ in outputs),)
     return StepUnion(
-        module, inputs, tuple(outputs), stand_ins, computed, masks, _deciding(program.plan, masks, decisions)
+        module,
+        inputs,
+        tuple(outputs),
+        stand_ins,
+        computed,
+        masks,
+        frozenset({*results, *closing}),
+        _deciding(program.plan, masks, decisions),
     )
 
 

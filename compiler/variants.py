@@ -32,12 +32,17 @@ def state_slot(site: Site, order: int) -> str:
     return f"{site.name}.state{order}"
 
 
+def state_slots(site: Site) -> tuple[str, ...]:
+    """Where the site's states live between steps."""
+    return (f"{site.name}.states",) if site.rolling else tuple(state_slot(site, order) for order in range(site.states))
+
+
 def cache_tables(program: Program) -> dict[str, Tensor]:
     """Per-step coefficients of every site, as '<site>.reuse', '.refresh' and '.correction': see Site."""
     tables = {}
     for site in program.plan.sites:  # copies: sites of one plan may share an array, which a file of tables may not hold
         tables[f"{site.name}.reuse"] = torch.from_numpy(site.reuse).clone()
-        if site.states > 1:
+        if site.states > 1 and not site.rolling:
             tables[f"{site.name}.refresh"] = torch.from_numpy(site.refresh).clone()
         if site.correction is not None:
             tables[f"{site.name}.correction"] = torch.from_numpy(site.correction).clone()
@@ -83,16 +88,17 @@ def _specialised(
         value, base = rewrite.node_named(module, site.value), None
         if site.base is not None:
             base = find(site.base)
-        if computed:
-            refreshed = refreshed_states(module, site, value, base, inputs)
-            states += [(state_slot(site, order), state) for order, state in enumerate(refreshed)]
-            continue
-        stand_in = reused_value(module, site, value, base, inputs)
-        if stand_in.op == "call_function":  # it takes the name of what it stands for: taps see it, later sites find it
-            rewrite.change_call(value, stand_in.target, *stand_in.args)
-        else:
-            value.replace_all_uses_with(stand_in)
-            reused[site.value] = stand_in
+        used = value
+        if not computed:
+            stand_in = reused_value(module, site, value, base, inputs)
+            if stand_in.op == "call_function":  # it takes the name of what it stands for: taps and later sites find it
+                rewrite.change_call(value, stand_in.target, *stand_in.args)
+            else:
+                value.replace_all_uses_with(stand_in)
+                reused[site.value] = used = stand_in
+        if computed or site.rolling:
+            refreshed = refreshed_states(module, site, used, base, inputs)
+            states += zip(state_slots(site), refreshed, strict=True)
     fresh = dict(states)
     decisions = [
         decision_nodes(program.plan, module, predicate, find, fresh, inputs) for predicate in program.plan.predicates
@@ -143,9 +149,15 @@ def result_slots(module: fx.GraphModule) -> tuple[str, ...]:
 def refreshed_states(
     module: fx.GraphModule, site: Site, value: fx.Node, base: fx.Node | None, inputs: dict[str, tuple[str, str]]
 ) -> list[fx.Node]:
-    """The states that a step leaves behind when it computes the site, as new nodes at the graph's end."""
+    """The states that a step leaves behind when it computes the site (a rolling one: always), as nodes at its end."""
     end = rewrite.output_node(module)
     states = [value if base is None else rewrite.call(module, end, aten.sub.Tensor, value, base)]
+    if site.rolling:
+        parts = [rewrite.call(module, end, aten.unsqueeze.default, states[0], 1)]
+        if site.states > 1:
+            old = _rolling_input(module, site, value, inputs)
+            parts.append(rewrite.call(module, end, aten.slice.Tensor, old, 1, 0, site.states - 1))
+        return [rewrite.call(module, end, aten.cat.default, parts, 1)]
     if site.states > 1:
         factors = _table_input(module, site, "refresh", inputs)
     for order in range(1, site.states):
@@ -160,10 +172,15 @@ def reused_value(
     module: fx.GraphModule, site: Site, value: fx.Node, base: fx.Node | None, inputs: dict[str, tuple[str, str]]
 ) -> fx.Node:
     """What stands for the site's value in a step that reuses it: new nodes before it; for a copy, its state's input."""
-    coefficients = _table_input(module, site, "reuse", inputs) if site.states > 1 else None
+    is_mixed = site.states > 1 or site.rolling
+    coefficients = _table_input(module, site, "reuse", inputs) if is_mixed else None
     total = None
     for order in range(site.states):
-        term = _state_input(module, site, order, value, inputs)
+        if site.rolling:
+            states = _rolling_input(module, site, value, inputs)
+            term = rewrite.call(module, value, aten.select.int, states, 1, order)
+        else:
+            term = _state_input(module, site, order, value, inputs)
         if coefficients is not None:
             factor = rewrite.call(module, value, aten.select.int, coefficients, 0, order)
             term = rewrite.call(module, value, aten.mul.Tensor, term, factor)
@@ -196,6 +213,11 @@ def _state_input(
     example = rewrite.tensor_of(value)
     assert example is not None
     return _input(module, f"{site.name}_state{order}", ("slot", state_slot(site, order)), example, inputs)
+
+
+def _rolling_input(module: fx.GraphModule, site: Site, value: fx.Node, inputs: dict[str, tuple[str, str]]) -> fx.Node:
+    example = rewrite.fake_result(lambda one: torch.stack([one] * site.states, dim=1), (value,))
+    return _input(module, f"{site.name}_states", ("slot", f"{site.name}.states"), example, inputs)
 
 
 def _table_input(module: fx.GraphModule, site: Site, kind: str, inputs: dict[str, tuple[str, str]]) -> fx.Node:

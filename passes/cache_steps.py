@@ -13,14 +13,16 @@ from torch import fx
 
 from ..compiler.calibrate import Calibration
 from ..compiler.errors import PassError, RecipeError
-from ..compiler.plan import Mask, Plan, Predicate, Rule, Site, every, taylor
+from ..compiler.plan import Mask, Plan, Predicate, Rule, Site, copies, every, taylor
 from ..compiler.program import Decision, PassResult, Program, Record
 from ..compiler.regions import find_regions
 from ..compiler.trace import Trace, Watched, record
 from ..runtime.errors import did_you_mean
 from .caching import replay, schedules
+from .caching.closed_loop import close_loop
 from .caching.decided import fit_polynomial, predicates, vote
 from .caching.fits import fit_copies
+from .caching.history import fit_histories
 from .caching.methods import COMMON, METHODS
 from .caching.router import learn_masks
 from .caching.segmentation import bubbling_union, leader_first
@@ -29,6 +31,7 @@ from .caching.sites import Candidate, Refused, block_lists, find_sites
 _ORDERS = {"copy": 0, "delta": 0, "taylor1": 1, "taylor2": 2}
 _DECIDED = ("compare", "accumulate", "history")  # by each step, at run time, unless frozen
 _MEASURED = ("segments", "hold", "learned", "learned_pairs", *_DECIDED)  # schedules that recorded runs decide
+_LEAST = {"interval": 1, "warmup": 1, "last": 0, "front": 0, "back": 0, "budget": 1, "states": 1}
 _KEY_STEPS = {50: (0, 1, 2, 3, 5, 10, 15, 25, 35)}  # Faster Diffusion's published list, by the number of steps
 
 
@@ -59,7 +62,8 @@ class CacheSteps:
     budget: number of computed steps; without it, one in `interval`.
     predictor: "copy" of the value; "delta" (value minus the region's input, added to the current input); "taylor1",
     "taylor2": extrapolation from the last computed steps (TaylorSeer, 2503.06923), of the delta for a range of blocks,
-    else of the value.
+    else of the value; "history": a mix of the last `states` values, computed or predicted, by coefficients for each
+    step that least squares on recorded runs has.
     correct: multiply and add to what is copied (of a delta: to the delta), by step and channel, as least squares on
     recorded runs has it.
 
@@ -73,7 +77,8 @@ class CacheSteps:
     interval: int | None = None
     warmup: int | None = None
     last: int | None = None
-    predictor: Literal["copy", "delta", "taylor1", "taylor2"] | None = None
+    predictor: Literal["copy", "delta", "taylor1", "taylor2", "history"] | None = None
+    states: int | None = None
     site: Literal["auto", "range", "block", "runs", "stages", "branch", "cut", "encoder", "output"] | None = None
     front: int | None = None
     back: int | None = None
@@ -120,7 +125,7 @@ class CacheSteps:
         for each in fields(self):
             if getattr(self, each.name) is None and each.name in defaults:
                 object.__setattr__(self, each.name, defaults[each.name])
-        for option, least in (("interval", 1), ("warmup", 1), ("last", 0), ("front", 0), ("back", 0), ("budget", 1)):
+        for option, least in _LEAST.items():
             if (value := getattr(self, option)) is not None and value < least:
                 raise RecipeError(f"cache_steps: {option} is {value}, needed {least} or more")
         if self.site in ("branch", "cut", "encoder") and self.predictor == "delta":
@@ -143,7 +148,8 @@ class CacheSteps:
         if self.site == "runs" and not self.blocks:
             choices["blocks"] = _background(program, calibration)
             step = replace(self, blocks=tuple(choices["blocks"]))
-        if self.schedule not in _MEASURED and not self.correct:
+        fitted = self.correct or self.predictor == "history"
+        if self.schedule not in _MEASURED and not fitted:
             return Decision(choices)
         sites = step._candidates(program.graph, [])
         if self.fit:
@@ -152,12 +158,19 @@ class CacheSteps:
             choices["computed"] = step._voted(program, sites, calibration, choices)
         elif self.schedule in _MEASURED:
             choices["computed"] = step._measured(program, sites, calibration)
-        if not self.correct:
-            return Decision(choices)
         masks = step._masks(program, sites, choices)
+        if not fitted or all(map(all, masks.values())):
+            return Decision(choices)
+        if self.predictor == "history":
+            watched = {self._watched(site): mask for site, mask in masks.items()}
+            fits = fit_histories(program, watched, self._states, calibration)
+            return Decision(choices, close_loop(step.apply(program, Decision(choices, fits)).program, calibration))
         leaders = {self._watched(site): _left_behind(site, masks) for site in masks}
-        fits = fit_copies(program, leaders, calibration)
-        return Decision(choices, fits)
+        return Decision(choices, fit_copies(program, leaders, calibration))
+
+    @property
+    def _states(self) -> int:
+        return self.states or 4
 
     def _measured(self, program: Program, sites: Sequence[Candidate], calibration: Calibration) -> dict[str, list[int]]:
         """Unit -> steps, from one recorded run."""
@@ -184,7 +197,7 @@ class CacheSteps:
         """Unit -> the steps that compute it in most runs."""
         forced = self._forced(program.steps)
         masks = dict.fromkeys(sites, forced)
-        written = tuple(self._site(site, masks, None) for site in sites)
+        written = tuple(self._site(site, masks, {}) for site in sites)
         plan = Plan(program.steps, written, self._predicates(program, sites, choices))
         rows = vote(replace(program, plan=plan), calibration)
         return {site.unit: [i for i, row in enumerate(rows) if row[index]] for index, site in enumerate(sites)}
@@ -252,7 +265,7 @@ class CacheSteps:
         masks = step._masks(program, candidates, decision.choices)
         open_sites = candidates if self.schedule in _DECIDED and not self.freeze else ()
         masks = {site: mask for site, mask in masks.items() if not all(mask) or site in open_sites}
-        sites = tuple(step._site(site, masks, decision.tensors.get(site.name)) for site in masks)
+        sites = tuple(step._site(site, masks, decision.tensors) for site in masks)
         if not sites:
             given = f"interval {self.interval}, warmup {self.warmup} and last {self.last}"
             why = f"{given} compute all {program.steps} steps"
@@ -306,7 +319,12 @@ class CacheSteps:
             return tuple(full or (i >= turn if unit == "rear" else i < turn) for i, full in enumerate(mask))
         return mask
 
-    def _site(self, site: Candidate, masks: Mapping[Candidate, Mask], correction: NDArray[np.float32] | None) -> Site:
+    def _site(self, site: Candidate, masks: Mapping[Candidate, Mask], tensors: Mapping[str, NDArray[Any]]) -> Site:
+        computed = masks[site]
+        if self.predictor == "history":
+            unmeasured = copies(len(computed), self._states)  # a dry run has no coefficients
+            table, unread = tensors.get(site.name, unmeasured), unmeasured[:, 1:] * 0
+            return Site(site.name, site.value, None, computed, table, unread, rolling=True)
         base = site.base if self.predictor != "copy" else None
         if self.predictor == "delta" and base is None:
             raise PassError(
@@ -314,7 +332,7 @@ class CacheSteps:
             )
         reuse, refresh = taylor(_left_behind(site, masks), _ORDERS[self.predictor or "copy"])
         overlaps = tuple(other.name for other in masks if other.name in site.overlaps)
-        return Site(site.name, site.value, base, masks[site], reuse, refresh, correction, overlaps)
+        return Site(site.name, site.value, base, computed, reuse, refresh, tensors.get(site.name), overlaps)
 
 
 def _left_behind(site: Candidate, masks: Mapping[Candidate, Mask]) -> Mask:

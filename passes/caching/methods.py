@@ -126,6 +126,14 @@ METHODS: Mapping[str, Method] = {
         "diffusers' TaylorSeer hooks; its golden values",
         {"site": "branch", "predictor": "taylor2", "interval": 4, "warmup": 2},
     ),
+    "lesa": Method(
+        "LESA",
+        "2602.20497",
+        "the last block's output as a mix of its last `states` values, computed or predicted, with learned factors",
+        "numpy.linalg.lstsq; TaylorSeer's extrapolation as a table of factors",
+        {"site": "range", "predictor": "history", "states": 4, "warmup": 2},
+        reconstructed="factors by step, for experts by noise; least squares for training; a loop closed on samples",
+    ),
     "learning_to_cache": Method(
         "Learning-to-Cache",
         "2406.01733",

@@ -241,7 +241,8 @@ def test_any_nodes_may_be_sites(tokens: Program, data: st.DataObject) -> None:
             name for name in values if values.index(name) < values.index(value) and same_shape(program, name, value)
         ]
         base = data.draw(st.sampled_from([None, *earlier]))
-        sites.append(Site(f"site_{value}", value, base, computed, *taylor(computed, order)))
+        rolling = data.draw(st.booleans())
+        sites.append(Site(f"site_{value}", value, base, computed, *taylor(computed, order), rolling=rolling))
     check(replace(program, plan=Plan(program.steps, tuple(sites))))
 
 

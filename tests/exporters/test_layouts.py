@@ -100,6 +100,13 @@ def test_residual_blocks(predictor: str, tokens: Program, tmp_path: Path) -> Non
     check(cached(tokens, predictor=predictor), tmp_path)
 
 
+def test_states_that_every_step_moves_on(tokens: Program, tmp_path: Path) -> None:
+    program = cached(tokens, method="lesa", interval=3, states=3)
+    (site,) = program.plan.sites
+    table = np.array([[1.5, -0.25, -0.25]] * program.steps, np.float32)
+    check(replace(program, plan=Plan(program.steps, (replace(site, reuse=table),))), tmp_path)
+
+
 @pytest.fixture(scope="module")
 def scattered(tokens: Program) -> Program:
     """A column of its own for each site, drawn at random."""
