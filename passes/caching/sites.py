@@ -238,16 +238,22 @@ def _encoder(graph: fx.GraphModule) -> Iterator[Candidate]:
 
 
 def _output(graph: fx.GraphModule) -> Iterator[Candidate]:
-    inside = [node for node in graph.graph.nodes if node.op == "call_function" and module_path(node)]
+    # The outermost module is the step, whose own calls are guidance and the sampler's update.
+    inside = [node for node in graph.graph.nodes if node.op == "call_function" and len(module_path(node)) > 1]
     members = set(inside)
     leaving = [node for node in inside if rewrite.tensor_of(node) is not None and set(node.users) - members]
     if not leaving:
         return
     value = leaving[-1]
     given = {source for node in inside for source in node.all_input_nodes if source not in members}
-    like = [node for node in given if node.op != "get_attr" and rewrite.tensor_of(node) is not None
-            and rewrite.shape_of(node) == rewrite.shape_of(value)]  # fmt: skip
-    yield Candidate("output", value.name, like[0].name if len(like) == 1 else None, "output")
+    # A network that also predicts a variance is cut to the first half outside.
+    for found in (value, *(value.users if len(value.users) == 1 else ())):
+        like = [node for node in given if node.op != "get_attr" and rewrite.tensor_of(node) is not None
+                and rewrite.shape_of(node) == rewrite.shape_of(found)]  # fmt: skip
+        if len(like) == 1:
+            yield Candidate("output", found.name, like[0].name, "output")
+            return
+    yield Candidate("output", value.name, None, "output")
 
 
 def _short(path: str) -> str:

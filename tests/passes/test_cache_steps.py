@@ -9,8 +9,10 @@ from typing import Any
 
 import models
 import pytest
+import torch
 
 from dcompile.compiler import rewrite
+from dcompile.compiler.calibrate import Calibration
 from dcompile.compiler.errors import PassError, RecipeError
 from dcompile.compiler.execute import run
 from dcompile.compiler.program import Decision, PassResult, Program
@@ -23,7 +25,7 @@ ProgramOf = Callable[[str], Program]
 
 def cache(program: Program, **options: Any) -> PassResult:
     step = CacheSteps(**options)
-    return step.apply(program, step.decide(program, None))  # type: ignore[arg-type]
+    return step.apply(program, step.decide(program, Calibration({}, (), torch.zeros(0))))
 
 
 def names(result: PassResult) -> list[str]:
@@ -76,6 +78,18 @@ def test_branches_of_two_streams_are_told_apart(program_of: ProgramOf) -> None:
         "transformer_blocks_0_ff_context_stream1",
     ]
     assert found[-2:] == ["transformer_blocks_2_attn", "transformer_blocks_2_ff"]
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux", "wan", "unet2d", "unet_condition"])
+def test_the_output_is_the_networks_and_its_base_what_the_network_is_given(program_of: ProgramOf, name: str) -> None:
+    program = program_of(name)
+    (site,) = cache(program, site="output", predictor="delta").program.plan.sites
+    value, base = (rewrite.node_named(program.graph, str(each)) for each in (site.value, site.base))
+    scale, sample = (rewrite.node_named(program.graph, each) for each in ("select", "sample"))
+    assert base.args == (sample, scale)  # s * x
+    assert rewrite.shape_of(value) == rewrite.shape_of(sample)
+    (converted,) = value.users
+    assert converted.args[1].args[:3] == (rewrite.node_named(program.graph, "row"), 0, 2)  # type: ignore[union-attr]
 
 
 def test_module_that_a_block_uses_twice_makes_two_sites(tokens: Program, monkeypatch: pytest.MonkeyPatch) -> None:
