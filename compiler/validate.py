@@ -105,10 +105,14 @@ def _check_reuse(plan: Plan) -> None:
                     f"cache site {site.name!r}: step {step} reuses state {missing[0]}, which no step before it has "
                     "left behind; compute the site at an earlier step"
                 )
+            elif site.rolling:
+                held = min(held + 1, site.states)
 
 
 def _renewed(site: Site, step: int, held: int) -> int:
     """States in use after a step that computes the site: one, and each that the step works out from one in use."""
+    if site.rolling:
+        return min(held + 1, site.states)
     count = 1
     while count < site.states and count <= held and site.refresh[step, count - 1]:
         count += 1

@@ -122,7 +122,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
     def build(folder: Path, **recipe: Any) -> Path:
         output = tmp_path_factory.mktemp("compiled") / "bundle"
-        chosen = Recipe(steps=4, calibration_samples=2, eval_samples=0, **recipe)
+        chosen = Recipe(**{"steps": 4, "calibration_samples": 2, "eval_samples": 0, **recipe})
         return compile_model(str(folder), output, chosen, Settings(threads=1, evaluate=False)).bundle
 
     return build

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import openvino
 import pytest
+from cache_cases import CASES, OPTIONS
 
 from dcompile.runtime import DcompileError, Session, load
 from dcompile.runtime.manifest import Call, Condition, FileSpec, Jump, SampleSpec, Slot, StateSpec, Table
@@ -159,6 +160,17 @@ def test_steps_that_decide_what_they_compute(
     bundle = compiled(dit_folder, passes=("cache:method=fbcache,threshold=0.8",), layout=layout)
     expect_same(driver, bundle, ONE, EIGHT, *({"labels": [seed], "seed": seed} for seed in (0, 3, 4)))
     assert any(isinstance(row, Jump) for row in load(bundle, verify=False).manifest.script)
+
+
+@pytest.mark.parametrize(("network", "method"), {method: (network, method) for network, method in CASES}.values())
+def test_every_cache_method(
+    driver: Driver, compiled: Callable[..., Path], network: str, method: str, request: pytest.FixtureRequest
+) -> None:
+    """Each on one kind of network, in the layout that it gets by itself."""
+    folder = request.getfixturevalue(f"{network}_folder")
+    options = {"method": method, **OPTIONS.get(method, {})}
+    bundle = compiled(folder, steps=6, passes=({"cache": options},))
+    expect_same(driver, bundle, ONE, {"labels": [1, 2, 3], "seed": 2})
 
 
 def test_unet_with_fresh_noise_every_step(driver: Driver, compiled: Callable[..., Path], unet_folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cache_cases import CASES, OPTIONS
 
 from dcompile.compiler.calibrate import Calibration
 from dcompile.compiler.errors import RecipeError
@@ -19,28 +20,6 @@ from dcompile.passes.cache_steps import CacheSteps
 from dcompile.passes.caching.methods import METHODS
 
 CalibrationOf = Callable[[Program], Calibration]
-
-# What six steps of a tiny network need in place of the defaults.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "deepcache_nonuniform": {"budget": 3, "center": 2, "power": 1.6},
-    "profilingdit": {"warmup": 2, "interval": 2},
-    "taylorseer": {"interval": 3},
-    "ertacache": {"threshold": 0.5},
-    "teacache": {"threshold": 0.9},
-    "fbcache": {"threshold": 1.5},
-    "dbcache": {"threshold": 1.5, "front": 1, "warmup": 2},
-    "tdc": {"threshold": 2.0},
-    "learning_to_cache": {"runs": 2},
-    "harmonica": {"runs": 2},
-}
-ON_UNETS = ("deepcache", "deepcache_nonuniform", "faster_diffusion", "cachequant")
-ON_BOTH = ("interval", "segments", "taylorseer", "fora", "ertacache")
-CASES = [
-    (network, method)
-    for network in ("dit", "unet")
-    for method in METHODS
-    if method in ON_BOTH or (method in ON_UNETS) == (network == "unet")
-]
 
 
 def cached(program: Program, calibration: Calibration, **options: Any) -> PassResult:
