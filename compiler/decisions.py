@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -110,6 +111,9 @@ class _Builder:
         counted = self.full(change, self.predicate.polynomial[0])
         for coefficient in self.predicate.polynomial[1:]:
             counted = self.call(aten.add.Scalar, self.call(aten.mul.Tensor, counted, change), coefficient)
+        if math.isfinite(self.predicate.fitted_to):
+            known = self.call(aten.le.Scalar, change, self.predicate.fitted_to)
+            counted = self.call(aten.where.self, known, counted, self.full(change, limit_of(self.predicate)))
         total = self.call(aten.add.Tensor, self.state("sum", counted), counted)
         kept = {self.slot("reference"): indicator}
         return total, {**kept, self.slot("sum"): self.zeros(total)}, {**kept, self.slot("sum"): total}

@@ -76,8 +76,8 @@ class Predicate:
 
     name: of the decision. sites: names. open: [steps], True where the step decides; elsewhere the sites' rows hold, and
     where it decides they say what is to be expected. indicator: node name, whose value less that of `base` (where
-    given) is compared; None for a history. polynomial: highest power first. longest: most steps in a row that may
-    reuse, 0 for any number.
+    given) is compared; None for a history. polynomial: highest power first, fitted to changes of at most `fitted_to`:
+    a larger one is computed. longest: most steps in a row that may reuse, 0 for any number.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Predicate:
     indicator: str | None = None
     base: str | None = None
     polynomial: tuple[float, ...] = (1.0, 0.0)
+    fitted_to: float = math.inf
     longest: int = 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -153,7 +154,7 @@ class CacheSteps:
             return Decision(choices)
         sites = step._candidates(program.graph, [])
         if self.fit:
-            choices["polynomial"] = fit_polynomial(program, sites, calibration)
+            choices["polynomial"], choices["fitted_to"] = fit_polynomial(program, sites, calibration)
         if self._decides:
             choices["computed"] = step._voted(program, sites, calibration, choices)
         elif self.schedule in _MEASURED:
@@ -214,7 +215,7 @@ class CacheSteps:
         return predicates(
             program.graph, sites, cast(Rule, self.schedule), self.threshold, tuple(not each for each in forced),
             front=_int(self.front), apart=bool(self.apart), polynomial=choices.get("polynomial", (1.0, 0.0)),
-            longest=_int(self.longest),
+            fitted_to=choices.get("fitted_to", math.inf), longest=_int(self.longest),
         )  # fmt: skip
 
     def _watched(self, site: Candidate) -> Watched:

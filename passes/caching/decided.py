@@ -24,7 +24,7 @@ MOST_APART = 3  # decisions of one step: each doubles the kinds of steps, and so
 
 def predicates(
     graph: fx.GraphModule, sites: Sequence[Candidate], rule: Rule, below: float, open_steps: Mask, *,
-    front: int, apart: bool, polynomial: Sequence[float], longest: int,
+    front: int, apart: bool, polynomial: Sequence[float], fitted_to: float, longest: int,
 ) -> tuple[Predicate, ...]:  # fmt: skip
     """One decision for all sites, or apart: one for each unit.
 
@@ -47,7 +47,9 @@ def predicates(
         elif rule == "accumulate":
             indicator = modulated_input(graph)
         names = tuple(site.name for site in members)
-        found.append(Predicate(unit, names, rule, below, open_steps, indicator, base, tuple(polynomial), longest))
+        found.append(
+            Predicate(unit, names, rule, below, open_steps, indicator, base, tuple(polynomial), fitted_to, longest)
+        )
     return tuple(found)
 
 
@@ -89,17 +91,18 @@ def modulated_input(graph: fx.GraphModule) -> str:
     raise PassError("cache_steps: no block reads its input through a linear layer; use another schedule")
 
 
-def fit_polynomial(program: Program, sites: Sequence[Candidate], calibration: Calibration) -> list[float]:
-    """Degree 4, highest power first: change of the last site's value as least squares has it of the indicator's change.
+def fit_polynomial(program: Program, sites: Sequence[Candidate], calibration: Calibration) -> tuple[list[float], float]:
+    """(coefficients, highest power first; largest change of the indicator that they were fitted to).
 
-    Both between neighbouring steps and relative, of each sample (TeaCache, 2411.19108).
+    Degree 4: the change of the last site's value as least squares has it of the indicator's, both between neighbouring
+    steps and relative, of each sample (TeaCache, 2411.19108).
     """
     names = ("indicator", "output")
     watched = [Watched(names[0], modulated_input(program.graph)), Watched(names[1], sites[-1].value)]
     trace = record(program, watched, calibration)
     x, y = (_changes(trace, name) for name in names)
     degree = min(4, len(np.unique(x)) - 1)
-    return [float(value) for value in np.polyfit(x, y, degree)]
+    return [float(value) for value in np.polyfit(x, y, degree)], float(x.max())
 
 
 def _changes(trace: Trace, name: str) -> NDArray[np.float64]:

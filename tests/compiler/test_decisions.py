@@ -81,7 +81,8 @@ def by_hand(program: Program, predicate: Predicate) -> list[bool]:
             score = relative(value, reference)
         else:
             change = relative(value, values[step - 1]) if step else total
-            total = total + np.polyval(predicate.polynomial, change)
+            counted = np.polyval(predicate.polynomial, change)
+            total = total + np.where(change <= predicate.fitted_to, counted, limit_of(predicate))
             score = total
         over = predicate.longest and reused >= predicate.longest
         computes = not predicate.open[step] or over or not score.max() < predicate.below
@@ -97,6 +98,7 @@ CASES: list[tuple[str, float, dict[str, Any]]] = [
     ("compare", 9.0, {"longest": 2}),
     ("accumulate", 0.4, {}),
     ("accumulate", 0.5, {"polynomial": (0.5, 1.0, 0.05)}),
+    ("accumulate", 9.0, {"polynomial": (-40.0, 1.0, 0.05), "fitted_to": 0.22}),  # beyond, it would count for nothing
 ]
 
 
