@@ -15,7 +15,7 @@ from ..runtime.manifest import Contract
 from ..runtime.random import normal
 from . import quality
 from .execute import Tap, run, zero_state
-from .program import Program
+from .program import Pass, Program
 from .rewrite import placeholders
 from .variants import build_variant
 
@@ -32,12 +32,14 @@ class Calibration:
     """Requests to run, and what the uncompressed program answers to them.
 
     conditions: name -> [B, ...]. seeds: B of them. teacher: samples [B, *shape] of the program before any pass.
+    following: the passes after the one that is told this; one that `looks_ahead` may decide by them.
     """
 
     conditions: Mapping[str, NDArray[Any]]
     seeds: Sequence[int]
     teacher: Tensor
     progress: Progress = field(default=no_progress, compare=False)
+    following: tuple[Pass, ...] = ()
 
     def observe(self, program: Program, taps: Sequence[str], tap: Tap, doing: str) -> Tensor:
         """Run the program's trajectory, showing the tapped nodes; -> its samples."""

@@ -57,11 +57,17 @@ def run_passes(
     for index, step in enumerate(passes):
         assert calibration is not None
         on_pass(index, step.name)
-        key = digest(key, step.name, options_of(step))
+        following = tuple(passes[index + 1 :])
+        ahead = [(later.name, options_of(later)) for later in following] if getattr(step, "looks_ahead", False) else []
+        key = digest(key, step.name, options_of(step), *ahead)
         started = time.perf_counter()
         try:
             kept = store.get(key)
-            decision = Decision(kept[0]["choices"], kept[1]) if kept else step.decide(program, calibration)
+            decision = (
+                Decision(kept[0]["choices"], kept[1])
+                if kept
+                else step.decide(program, replace(calibration, following=following))
+            )
             result = apply_checked(step, program, decision)
             error = kept[0]["error"] if kept else calibration.error(result.program)
         except PassError as problem:

@@ -104,7 +104,10 @@ class PassResult:
 
 
 class Pass(Protocol):
-    """`Program -> PassResult`, a frozen dataclass whose fields are its options. The input program is never edited."""
+    """`Program -> PassResult`, a frozen dataclass whose fields are its options. The input program is never edited.
+
+    One whose `looks_ahead` is true decides by the passes that follow it too, and does so again when they change.
+    """
 
     name: ClassVar[str]
 

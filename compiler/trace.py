@@ -9,10 +9,14 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, fx
 
+from . import rewrite
 from .calibrate import Calibration
+from .execute import run, zero_state
 from .program import Program
+from .rewrite import aten
+from .variants import build_variant
 
 KEPT = 4096  # elements of a value that are kept of each sample
 Distance = Literal["l1", "mse", "cosine"]
@@ -62,6 +66,40 @@ def record(program: Program, watched: Sequence[Watched], calibration: Calibratio
     recorder = _Recorder(watched)
     watch(program, watched, calibration, recorder.take, "recording the trajectory")
     return recorder.trace()
+
+
+def record_beside(
+    program: Program, other: fx.GraphModule, watched: Sequence[Watched], calibration: Calibration
+) -> Trace:
+    """What another graph with nodes of the same names has for the same inputs, along the program's own trajectory."""
+    recorder, module = _Recorder(watched), _shown(other, watched)
+    nodes, read = rewrite.placeholders(module), build_variant(program, ()).inputs
+
+    def look(step: int, mask: object, inputs: list[Tensor]) -> None:
+        given, batch = dict(zip(read, inputs, strict=True)), len(calibration.seeds)
+        values = module(*[given[name] if name in given else zero_state(node, batch) for name, node in nodes.items()])
+        for each, value in zip(watched, values, strict=True):
+            recorder.take(step, each, value)
+
+    run(
+        program, calibration.conditions, calibration.seeds, on_inputs=look,
+        on_step=lambda step, _: calibration.progress((step + 1) / program.steps, "recording beside the trajectory"),
+    )  # fmt: skip
+    return recorder.trace()
+
+
+def _shown(graph: fx.GraphModule, watched: Sequence[Watched]) -> fx.GraphModule:
+    """The graph with the watched values, or residuals, for its results."""
+    module = rewrite.clone(graph)
+    end, results = rewrite.output_node(module), []
+    for each in watched:
+        value = rewrite.node_named(module, each.value)
+        if each.base is not None:
+            base = rewrite.node_named(module, each.base)
+            value = rewrite.call(module, end, aten.sub.Tensor, value, base)
+        results.append(value)
+    end.args = (tuple(results),)
+    return rewrite.finish(module)
 
 
 def watch(

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import fx
 
 from ..compiler.calibrate import Calibration
@@ -25,9 +24,11 @@ from .caching.decided import fit_polynomial, predicates, vote
 from .caching.fits import fit_copies
 from .caching.history import fit_histories
 from .caching.methods import COMMON, METHODS
+from .caching.noise import measure_noise
 from .caching.router import learn_masks
 from .caching.segmentation import bubbling_union, leader_first
 from .caching.sites import Candidate, Refused, block_lists, find_sites
+from .quantize import Quantize
 
 _ORDERS = {"copy": 0, "delta": 0, "taylor1": 1, "taylor2": 2}
 _DECIDED = ("compare", "accumulate", "history")  # by each step, at run time, unless frozen
@@ -67,6 +68,9 @@ class CacheSteps:
     step that least squares on recorded runs has.
     correct: multiply and add to what is copied (of a delta: to the delta), by step and channel, as least squares on
     recorded runs has it.
+    noise_aware: where a quantize pass follows and the predictor is taylor1 or taylor2, the order of each site is
+    lowered by as many as quantisation moves the one that predicts best on recorded runs: of values that change little,
+    differences are mostly noise.
 
     Left alone: (1) lists of blocks that are no longer than front + back, (2) streams that do not run through the whole
     range, (3) everything, where the options compute every step.
@@ -118,6 +122,7 @@ class CacheSteps:
     longest: int | None = None
     apart: bool | None = None
     fit: bool | None = None
+    noise_aware: bool | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -141,6 +146,14 @@ class CacheSteps:
 
     # --- what is measured ---
 
+    @property
+    def looks_ahead(self) -> bool:
+        return bool(self.noise_aware) and self._order > 0
+
+    @property
+    def _order(self) -> int:
+        return _ORDERS[self.predictor or "copy"]
+
     def decide(self, program: Program, calibration: Calibration, /) -> Decision:
         """The computed steps of each unit of sites, where they follow from recorded runs; else nothing."""
         _refuse_second(program)
@@ -149,8 +162,10 @@ class CacheSteps:
         if self.site == "runs" and not self.blocks:
             choices["blocks"] = _background(program, calibration)
             step = replace(self, blocks=tuple(choices["blocks"]))
+        following = calibration.following if self.looks_ahead else ()
+        quantize = next((later for later in following if isinstance(later, Quantize)), None)
         fitted = self.correct or self.predictor == "history"
-        if self.schedule not in _MEASURED and not fitted:
+        if not (self.schedule in _MEASURED or fitted or quantize):
             return Decision(choices)
         sites = step._candidates(program.graph, [])
         if self.fit:
@@ -160,18 +175,35 @@ class CacheSteps:
         elif self.schedule in _MEASURED:
             choices["computed"] = step._measured(program, sites, calibration)
         masks = step._masks(program, sites, choices)
-        if not fitted or all(map(all, masks.values())):
+        if all(map(all, masks.values())):
             return Decision(choices)
+        if quantize:
+            choices["noise"] = step._noise(program, masks, quantize, calibration)
         if self.predictor == "history":
             watched = {self._watched(site): mask for site, mask in masks.items()}
             fits = fit_histories(program, watched, self._states, calibration)
             return Decision(choices, close_loop(step.apply(program, Decision(choices, fits)).program, calibration))
+        if not self.correct:
+            return Decision(choices)
         leaders = {self._watched(site): _left_behind(site, masks) for site in masks}
         return Decision(choices, fit_copies(program, leaders, calibration))
 
     @property
     def _states(self) -> int:
         return self.states or 4
+
+    def _noise(
+        self, program: Program, masks: Mapping[Candidate, Mask], quantize: Quantize, calibration: Calibration
+    ) -> dict[str, Any]:
+        """Site -> what was measured, and the order chosen."""
+        reusing = {site: _left_behind(site, masks) for site, mask in masks.items() if not all(mask)}
+        computed = {Watched(site.name, site.value, site.base): mask for site, mask in reusing.items()}
+        found = measure_noise(program, computed, self._order, quantize, calibration) if computed else {}
+        return {
+            name: {"noise": noise.noise, "change": noise.change, "errors": list(noise.noisy),
+                   "exact_errors": list(noise.exact), "order": noise.order}
+            for name, noise in found.items()
+        }  # fmt: skip
 
     def _measured(self, program: Program, sites: Sequence[Candidate], calibration: Calibration) -> dict[str, list[int]]:
         """Unit -> steps, from one recorded run."""
@@ -198,7 +230,7 @@ class CacheSteps:
         """Unit -> the steps that compute it in most runs."""
         forced = self._forced(program.steps)
         masks = dict.fromkeys(sites, forced)
-        written = tuple(self._site(site, masks, {}) for site in sites)
+        written = tuple(self._site(site, masks, Decision()) for site in sites)
         plan = Plan(program.steps, written, self._predicates(program, sites, choices))
         rows = vote(replace(program, plan=plan), calibration)
         return {site.unit: [i for i, row in enumerate(rows) if row[index]] for index, site in enumerate(sites)}
@@ -266,7 +298,7 @@ class CacheSteps:
         masks = step._masks(program, candidates, decision.choices)
         open_sites = candidates if self.schedule in _DECIDED and not self.freeze else ()
         masks = {site: mask for site, mask in masks.items() if not all(mask) or site in open_sites}
-        sites = tuple(step._site(site, masks, decision.tensors) for site in masks)
+        sites = tuple(step._site(site, masks, decision) for site in masks)
         if not sites:
             given = f"interval {self.interval}, warmup {self.warmup} and last {self.last}"
             why = f"{given} compute all {program.steps} steps"
@@ -278,10 +310,10 @@ class CacheSteps:
             **({"decided_steps": [i for i in range(program.steps) if plan.open(i)]} if found else {}),
             "sites": [site.name for site in sites],
             "computed_steps": [i for i in range(program.steps) if all(plan.mask(i))],
+            **({"noise": decision.choices["noise"]} if "noise" in decision.choices else {}),
         }
-        return PassResult(
-            replace(program, plan=plan), Record(self.name, changed=len(sites), refused=tuple(refused), details=details)
-        )
+        cached = replace(program, plan=plan)
+        return PassResult(cached, Record(self.name, changed=len(sites), refused=tuple(refused), details=details))
 
     def _candidates(self, graph: fx.GraphModule, refused: Refused) -> tuple[Candidate, ...]:
         kind = self.site or "auto"
@@ -320,20 +352,22 @@ class CacheSteps:
             return tuple(full or (i >= turn if unit == "rear" else i < turn) for i, full in enumerate(mask))
         return mask
 
-    def _site(self, site: Candidate, masks: Mapping[Candidate, Mask], tensors: Mapping[str, NDArray[Any]]) -> Site:
+    def _site(self, site: Candidate, masks: Mapping[Candidate, Mask], decision: Decision) -> Site:
         computed = masks[site]
         if self.predictor == "history":
             unmeasured = copies(len(computed), self._states)  # a dry run has no coefficients
-            table, unread = tensors.get(site.name, unmeasured), unmeasured[:, 1:] * 0
+            table, unread = decision.tensors.get(site.name, unmeasured), unmeasured[:, 1:] * 0
             return Site(site.name, site.value, None, computed, table, unread, rolling=True)
         base = site.base if self.predictor != "copy" else None
         if self.predictor == "delta" and base is None:
             raise PassError(
                 f"cache_steps: {site.name} has no input of its own shape, which predictor 'delta' adds to; use copy"
             )
-        reuse, refresh = taylor(_left_behind(site, masks), _ORDERS[self.predictor or "copy"])
+        order = decision.choices["noise"][site.name]["order"] if "noise" in decision.choices else self._order
+        reuse, refresh = taylor(_left_behind(site, masks), order)
         overlaps = tuple(other.name for other in masks if other.name in site.overlaps)
-        return Site(site.name, site.value, base, computed, reuse, refresh, tensors.get(site.name), overlaps)
+        correction = decision.tensors.get(site.name)
+        return Site(site.name, site.value, base, computed, reuse, refresh, correction, overlaps)
 
 
 def _left_behind(site: Candidate, masks: Mapping[Candidate, Mask]) -> Mask:

@@ -33,6 +33,7 @@ COMMON: Mapping[str, Any] = {
     "front": 0,
     "back": 0,
     "apart": True,
+    "noise_aware": True,
 }
 
 METHODS: Mapping[str, Method] = {
