@@ -30,7 +30,7 @@ from .caching.segmentation import bubbling_union, leader_first
 from .caching.sites import Candidate, Refused, block_lists, find_sites
 from .quantize import Quantize
 
-_ORDERS = {"copy": 0, "delta": 0, "taylor1": 1, "taylor2": 2}
+_ORDERS = {"copy": 0, "delta": 0, "history": 0, "taylor1": 1, "taylor2": 2}
 _DECIDED = ("compare", "accumulate", "history")  # by each step, at run time, unless frozen
 _MEASURED = ("segments", "hold", "learned", "learned_pairs", *_DECIDED)  # schedules that recorded runs decide
 _LEAST = {"interval": 1, "warmup": 1, "last": 0, "front": 0, "back": 0, "budget": 1, "states": 1}
