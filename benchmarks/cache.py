@@ -38,7 +38,7 @@ BUDGETS: dict[str, tuple[str, ...]] = {
 }
 INTERVALS = ("interval=2", "interval=3", "interval=5")
 U_NETS_ONLY = ("deepcache", "deepcache_nonuniform", "faster_diffusion", "cachequant")
-DITS_ONLY = ("delta_dit", "profilingdit", "ddt", "bac", "teacache")
+DITS_ONLY = ("delta_dit", "profilingdit", "ddt", "bac", "qandc", "teacache")
 
 
 def cases(models: list[str], methods: list[str], budgets: int) -> list[tuple[str, str, str]]:

@@ -62,8 +62,8 @@ def run(
 ) -> Tensor:
     """Samples [B, *shape] float32 for these seeds, by the program's own plan.
 
-    tap is called for each node named in `taps`. on_step(step, sample) is called after each step,
-    on_inputs(step, mask, values) before it, with the inputs of the variant that it runs.
+    tap is called for each node named in `taps`. on_step(step, sample) is called after each step
+    and may write to the sample, on_inputs(step, mask, values) before it, with the inputs of the variant that it runs.
     Raises PassError when a value stops being finite, naming the step.
     """
     tables = {**program.tables, **cache_tables(program)}

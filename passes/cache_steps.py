@@ -28,6 +28,16 @@ from .caching.noise import measure_noise
 from .caching.router import learn_masks
 from .caching.segmentation import bubbling_union, leader_first
 from .caching.sites import Candidate, Refused, block_lists, find_sites
+from .caching.updates import (
+    GAIN,
+    measure_gains,
+    measure_trust,
+    resized,
+    step_lengths,
+    why_not_resized,
+    with_gains,
+    with_lengths,
+)
 from .quantize import Quantize
 
 _ORDERS = {"copy": 0, "delta": 0, "history": 0, "taylor1": 1, "taylor2": 2}
@@ -71,6 +81,10 @@ class CacheSteps:
     noise_aware: where a quantize pass follows and the predictor is taylor1 or taylor2, the order of each site is
     lowered by as many as quantisation moves the one that predicts best on recorded runs: of values that change little,
     differences are mostly noise.
+    resize: a step that reuses the output goes less far the worse it is, and the others make up for it, so that all of
+    them go as far as before (ERTACache; samplers with one output a step).
+    compensate: each step's sample gets the variance that it has without the cache, and the quantize pass that follows
+    (Q&C).
 
     Left alone: (1) lists of blocks that are no longer than front + back, (2) streams that do not run through the whole
     range, (3) everything, where the options compute every step.
@@ -123,6 +137,8 @@ class CacheSteps:
     apart: bool | None = None
     fit: bool | None = None
     noise_aware: bool | None = None
+    resize: bool | None = None
+    compensate: bool | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -141,6 +157,8 @@ class CacheSteps:
             )
         if self.correct and self.predictor not in ("copy", "delta"):
             raise RecipeError(f"cache_steps: correct needs predictor 'copy' or 'delta', found {self.predictor!r}")
+        if self.resize and self.site != "output":
+            raise RecipeError(f"cache_steps: resize needs site 'output', whose error it goes by; found {self.site!r}")
         if self.schedule in ("hold", *_DECIDED) and self.threshold is None:
             raise RecipeError(f"cache_steps: schedule {self.schedule!r} needs a threshold, as in threshold=0.1")
 
@@ -148,7 +166,7 @@ class CacheSteps:
 
     @property
     def looks_ahead(self) -> bool:
-        return bool(self.noise_aware) and self._order > 0
+        return bool(self.compensate) or (bool(self.noise_aware) and self._order > 0)
 
     @property
     def _order(self) -> int:
@@ -164,7 +182,7 @@ class CacheSteps:
             step = replace(self, blocks=tuple(choices["blocks"]))
         following = calibration.following if self.looks_ahead else ()
         quantize = next((later for later in following if isinstance(later, Quantize)), None)
-        fitted = self.correct or self.predictor == "history"
+        fitted = self.correct or self.resize or self.compensate or self.predictor == "history"
         if not (self.schedule in _MEASURED or fitted or quantize):
             return Decision(choices)
         sites = step._candidates(program.graph, [])
@@ -177,16 +195,26 @@ class CacheSteps:
         masks = step._masks(program, sites, choices)
         if all(map(all, masks.values())):
             return Decision(choices)
-        if quantize:
+        if quantize and self.noise_aware and self._order:
             choices["noise"] = step._noise(program, masks, quantize, calibration)
+        tensors: dict[str, NDArray[np.float32]] = {}
         if self.predictor == "history":
             watched = {self._watched(site): mask for site, mask in masks.items()}
             fits = fit_histories(program, watched, self._states, calibration)
-            return Decision(choices, close_loop(step.apply(program, Decision(choices, fits)).program, calibration))
-        if not self.correct:
-            return Decision(choices)
-        leaders = {self._watched(site): _left_behind(site, masks) for site in masks}
-        return Decision(choices, fit_copies(program, leaders, calibration))
+            tensors |= close_loop(step.apply(program, Decision(choices, fits)).program, calibration)
+        if self.correct:
+            leaders = {self._watched(site): _left_behind(site, masks) for site in masks}
+            tensors |= fit_copies(program, leaders, calibration)
+        if self.resize and sites and why_not_resized(program.sampler) is None:
+            (site,) = sites
+            trust = measure_trust(program, self._watched(site), masks[site], tensors.get(site.name), calibration)
+            choices["lengths"] = resized(step_lengths(program.sampler), trust).tolist()
+        if self.compensate:
+            cached = step.apply(program, Decision(choices, tensors)).program
+            if quantize:
+                cached = quantize.apply(cached, quantize.decide(cached, calibration)).program
+            tensors[GAIN] = measure_gains(cached, program, calibration)
+        return Decision(choices, tensors)
 
     @property
     def _states(self) -> int:
@@ -312,7 +340,15 @@ class CacheSteps:
             "computed_steps": [i for i in range(program.steps) if all(plan.mask(i))],
             **({"noise": decision.choices["noise"]} if "noise" in decision.choices else {}),
         }
+        if self.resize and (reason := why_not_resized(program.sampler)):
+            refused.append(("lengths of steps", reason))
         cached = replace(program, plan=plan)
+        if "lengths" in decision.choices:
+            details["lengths"] = decision.choices["lengths"]
+            cached = with_lengths(cached, decision.choices["lengths"])
+        if GAIN in decision.tensors:
+            details["variance_gains"] = decision.tensors[GAIN][:, 0].tolist()
+            cached = with_gains(cached, decision.tensors[GAIN])
         return PassResult(cached, Record(self.name, changed=len(sites), refused=tuple(refused), details=details))
 
     def _candidates(self, graph: fx.GraphModule, refused: Refused) -> tuple[Candidate, ...]:

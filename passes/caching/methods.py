@@ -157,7 +157,17 @@ METHODS: Mapping[str, Method] = {
         "what the network predicts less its input, held while near enough on recorded runs; corrected by least squares",
         "refresh at every step changes nothing; the replay against its definition",
         {"site": "output", "predictor": "delta", "schedule": "hold", "threshold": 0.1, "warmup": 2, "correct": True},
-        reconstructed="the correction is of the residual, by channel; without its correction of step sizes",
+        reconstructed="the correction is of the residual, by channel; its step sizes are an option (resize): by its "
+        "formula the reused steps of the glyph DiT lose nearly all of their length",
+    ),
+    "qandc": Method(
+        "Q&C",
+        "2503.02508",
+        "attention and feed-forward before their gates, copied; each sample is given its variance back",
+        "a gain of 1 changes nothing; on Gaussian samples the variance is the target's",
+        {"site": "branch", "compensate": True},
+        reconstructed="the gain is a ratio of standard deviations, one for each step, about the mean of all samples; "
+        "without its choice of calibration samples",
     ),
     "teacache": Method(
         "TeaCache",
