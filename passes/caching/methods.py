@@ -69,8 +69,9 @@ METHODS: Mapping[str, Method] = {
         "Faster Diffusion",
         "2312.09608",
         "all that a U-Net's decoder reads of its encoder, copied; the decoder runs at every step with its own time",
-        "its published key steps; refresh at every step changes nothing",
+        "its published key steps; refresh at every step changes nothing; its noise against a loop in PyTorch",
         {"site": "encoder", "schedule": "keys", "interval": 4},
+        reconstructed="its noise is an option (prior=0.003); one step after the other, without its parallel decoder",
     ),
     "delta_dit": Method(
         "Δ-DiT",

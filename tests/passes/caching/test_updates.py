@@ -18,11 +18,13 @@ from dcompile.compiler.pipeline import run_passes
 from dcompile.compiler.program import Decision, Program
 from dcompile.compiler.store import Store
 from dcompile.compiler.trace import Watched, watch
+from dcompile.compiler.validate import validate
 from dcompile.exporters.interpret import run_lowered
 from dcompile.exporters.lower import lower
 from dcompile.passes.cache_steps import CacheSteps
 from dcompile.passes.caching.updates import (
     GAIN,
+    PRIOR,
     compensation,
     measure_gains,
     measure_trust,
@@ -31,6 +33,7 @@ from dcompile.passes.caching.updates import (
     why_not_resized,
     with_gains,
     with_lengths,
+    with_prior,
 )
 from dcompile.passes.quantize import Quantize
 
@@ -207,3 +210,44 @@ def test_the_variance_that_quantisation_takes_is_given_back_too(dit: Program, tm
 def test_a_program_without_reuse_gets_no_gain(dit: Program, calibration_of: CalibrationOf) -> None:
     assert cached(dit, calibration_of(dit), method="qandc", interval=1) is dit
     assert CacheSteps(method="qandc").apply(dit, Decision()).record.changed == 6
+
+
+# ---- the first noise -------------------------------------------------------------------------------------------------
+
+
+def test_prior_noise_is_that_of_a_loop(unet: Program, calibration_of: CalibrationOf) -> None:
+    calibration = calibration_of(unet)
+    options: dict[str, Any] = {"method": "faster_diffusion", "keys": (0, 2, 4)}
+    base = cached(unet, calibration, **options)
+    made = cached(unet, calibration, **options, prior=0.3)
+    start: list[torch.Tensor] = []
+    times = unet.sampler.timesteps
+
+    def before(step: int, mask: object, inputs: list[torch.Tensor]) -> None:
+        sample = inputs[0]
+        start.append(sample.clone())
+        if step and times[step] < 500:
+            sample += 0.3 * start[0]
+
+    expected = run(base, calibration.conditions, calibration.seeds, on_inputs=before)
+    torch.testing.assert_close(samples(made, calibration), expected, rtol=1e-5, atol=1e-5)
+    assert (samples(base, calibration) - expected).abs().max() > 1e-2
+    assert made.tables[PRIOR].numpy().tolist() == pytest.approx([0.3 * (time < 500) for time in times])
+    in_both_layouts(made, calibration)
+
+
+def test_without_prior_noise_nothing_is_added(unet: Program, calibration_of: CalibrationOf) -> None:
+    calibration = calibration_of(unet)
+    base = cached(unet, calibration, method="faster_diffusion")
+    assert cached(unet, calibration, method="faster_diffusion", prior=0.0).graph is base.graph is unet.graph
+    still = with_prior(base, 0.0)
+    validate(still)
+    assert torch.equal(samples(still, calibration), samples(base, calibration))
+    assert still.plan.sites[1:] == base.plan.sites
+
+
+def test_steps_that_compute_are_told_without_the_noise(unet: Program, calibration_of: CalibrationOf) -> None:
+    step = CacheSteps(method="faster_diffusion", keys=(0, 2, 4), prior=0.003)
+    result = step.apply(unet, step.decide(unet, calibration_of(unet)))
+    assert result.record.details["computed_steps"] == [0, 2, 4]
+    assert PRIOR not in result.record.details["sites"]
