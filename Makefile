@@ -9,7 +9,7 @@ SHELL := bash
 # The first of these that runs and is new enough; 3.11 first: constraints.txt was resolved on it.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
-EXTRAS := diffusers,report,openvino,trt,triton,kernels,dev
+EXTRAS := diffusers,report,search,openvino,trt,triton,kernels,dev
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WHEEL := .venv/wheel-check

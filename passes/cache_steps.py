@@ -27,6 +27,7 @@ from .caching.history import fit_histories
 from .caching.methods import COMMON, METHODS
 from .caching.noise import measure_noise
 from .caching.router import learn_masks
+from .caching.search import search_masks
 from .caching.segmentation import bubbling_union, leader_first
 from .caching.sites import Candidate, Refused, block_lists, find_sites
 from .caching.updates import (
@@ -44,8 +45,15 @@ from .quantize import Quantize
 
 _ORDERS = {"copy": 0, "delta": 0, "history": 0, "taylor1": 1, "taylor2": 2}
 _DECIDED = ("compare", "accumulate", "history")  # by each step, at run time, unless frozen
-_MEASURED = ("segments", "hold", "learned", "learned_pairs", *_DECIDED)  # schedules that recorded runs decide
-_LEAST = {"interval": 1, "warmup": 1, "last": 0, "front": 0, "back": 0, "budget": 1, "states": 1}
+_MEASURED = (
+    "segments",
+    "hold",
+    "learned",
+    "learned_pairs",
+    "searched",
+    *_DECIDED,
+)  # schedules that recorded runs decide
+_LEAST = {"interval": 1, "warmup": 1, "last": 0, "front": 0, "back": 0, "budget": 1, "states": 1, "trials": 1}
 _KEY_STEPS = {50: (0, 1, 2, 3, 5, 10, 15, 25, 35)}  # Faster Diffusion's published list, by the number of steps
 
 
@@ -70,9 +78,10 @@ class CacheSteps:
     since the last computed step, the sum of the changes of the first block's modulated input since then (counted by a
     polynomial that `fit` finds), or how much the sites themselves changed a step when they were last computed (freeze:
     decided ahead of time by what most recorded runs decide; longest: most steps in a row that reuse).
-    apart: each block list has its own front and back, and decides for itself; else they count as one.
     "learned" the evaluations whose gates a training of `runs` trajectories leaves most open, a `share` of all;
-    "learned_pairs" so at every second step, the others computing everything.
+    "learned_pairs" so at every second step, the others computing everything. "searched" the best of `trials` masks that
+    a genetic search tries, whose operations are at most a `share` of all that the sites cost.
+    apart: each block list has its own front and back, and decides for itself; else they count as one.
     budget: number of computed steps; without it, one in `interval`.
     predictor: "copy" of the value; "delta" (value minus the region's input, added to the current input); "taylor1",
     "taylor2": extrapolation from the last computed steps (TaylorSeer, 2503.06923), of the delta for a range of blocks,
@@ -115,6 +124,7 @@ class CacheSteps:
             "hold",
             "learned",
             "learned_pairs",
+            "searched",
             "compare",
             "accumulate",
             "history",
@@ -144,6 +154,7 @@ class CacheSteps:
     resize: bool | None = None
     compensate: bool | None = None
     prior: float | None = None
+    trials: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -162,6 +173,10 @@ class CacheSteps:
             )
         if self.correct and self.predictor not in ("copy", "delta"):
             raise RecipeError(f"cache_steps: correct needs predictor 'copy' or 'delta', found {self.predictor!r}")
+        if self.schedule == "searched" and self.predictor not in ("copy", "delta"):
+            raise RecipeError(
+                f"cache_steps: schedule 'searched' needs predictor 'copy' or 'delta', found {self.predictor!r}"
+            )
         if self.resize and self.site != "output":
             raise RecipeError(f"cache_steps: resize needs site 'output', whose error it goes by; found {self.site!r}")
         if self.schedule in ("hold", *_DECIDED) and self.threshold is None:
@@ -240,8 +255,11 @@ class CacheSteps:
 
     def _measured(self, program: Program, sites: Sequence[Candidate], calibration: Calibration) -> dict[str, list[int]]:
         """Unit -> steps, from one recorded run."""
+        share = self.share or self._count(program.steps) / program.steps
+        if self.schedule == "searched":
+            delta = self.predictor == "delta"
+            return search_masks(program, sites, calibration, share=share, trials=_int(self.trials), delta=delta)
         if self.schedule in ("learned", "learned_pairs"):
-            share = self.share or self._count(program.steps) / program.steps
             pairs = self.schedule == "learned_pairs"
             return learn_masks(program, sites, calibration, share=share, runs=_int(self.runs), pairs=pairs)
         trace = record(program, [self._watched(site) for site in sites], calibration)

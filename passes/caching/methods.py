@@ -152,6 +152,14 @@ METHODS: Mapping[str, Method] = {
         {"site": "branch", "schedule": "learned", "runs": 24},
         reconstructed="without its weights by the error of the final image; the gates to open are ranked to a budget",
     ),
+    "ecad": Method(
+        "ECAD",
+        "2506.15682",
+        "each branch on steps of its own, copied; by genetic search (NSGA-II) over a bit for each step and branch",
+        "brute force for the front; trajectories of the search against PyTorch",
+        {"site": "branch", "schedule": "searched", "trials": 500},
+        reconstructed="images are judged by their distance to the teacher's; steps change places where it flips bits",
+    ),
     "ertacache": Method(
         "ERTACache",
         "2508.21091",

@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tdc": {"threshold": 2.0},
     "learning_to_cache": {"runs": 2},
     "harmonica": {"runs": 2},
+    "ecad": {"trials": 20},
 }
 ON_UNETS = ("deepcache", "deepcache_nonuniform", "faster_diffusion", "cachequant")
 ON_BOTH = ("interval", "segments", "taylorseer", "fora", "ertacache")
