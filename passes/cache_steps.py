@@ -45,14 +45,8 @@ from .quantize import Quantize
 
 _ORDERS = {"copy": 0, "delta": 0, "history": 0, "taylor1": 1, "taylor2": 2}
 _DECIDED = ("compare", "accumulate", "history")  # by each step, at run time, unless frozen
-_MEASURED = (
-    "segments",
-    "hold",
-    "learned",
-    "learned_pairs",
-    "searched",
-    *_DECIDED,
-)  # schedules that recorded runs decide
+# schedules that recorded runs decide
+_MEASURED = ("segments", "hold", "learned", "learned_pairs", "searched", *_DECIDED)
 _LEAST = {"interval": 1, "warmup": 1, "last": 0, "front": 0, "back": 0, "budget": 1, "states": 1, "trials": 1}
 _KEY_STEPS = {50: (0, 1, 2, 3, 5, 10, 15, 25, 35)}  # Faster Diffusion's published list, by the number of steps
 
@@ -78,7 +72,7 @@ class CacheSteps:
     since the last computed step, the sum of the changes of the first block's modulated input since then (counted by a
     polynomial that `fit` finds), or how much the sites themselves changed a step when they were last computed (freeze:
     decided ahead of time by what most recorded runs decide; longest: most steps in a row that reuse).
-    "learned" the evaluations whose gates a training of `runs` trajectories leaves most open, a `share` of all;
+    "learned" the evaluations whose gates a training of `runs` trajectories leaves open, a `share` of all;
     "learned_pairs" so at every second step, the others computing everything. "searched" the best of `trials` masks that
     a genetic search tries, whose operations are at most a `share` of all that the sites cost.
     apart: each block list has its own front and back, and decides for itself; else they count as one.

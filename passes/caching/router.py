@@ -1,120 +1,182 @@
-"""Learn which sites each step computes: a gate for each step and site, trained against the uncached program."""
+"""Learn which sites each step computes: a gate for each step and unit, by the gradient of the final image's error."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
 
 from ...compiler import rewrite
 from ...compiler.calibrate import Calibration, example_conditions
 from ...compiler.execute import initial_slots, zero_state
+from ...compiler.plan import every
 from ...compiler.program import Program
 from ...compiler.rewrite import aten
 from ...runtime.random import normal
+from .rollout import Judge, Masks, Rollout
 from .sites import Candidate
 
-RATE, PENALTY, THRESHOLD = 0.05, 0.02, 0.1  # of the optimiser, on each open gate, below which a gate counts as shut
+BATCH, BATCHES = 4, 16  # samples of a run; runs until conditions come again
+MEMORY, TRIES, PATIENCE = 0.7, 12, 2  # of slopes from run to run; exchanges a run; runs without one until gates part
 
 
 def learn_masks(
     program: Program, sites: Sequence[Candidate], calibration: Calibration, *, share: float, runs: int, pairs: bool
 ) -> dict[str, list[int]]:
-    """Unit of sites -> steps that compute it, `share` of all evaluations, those whose gates ended up most open.
+    """Unit of sites -> steps that compute it, `share` of all evaluations.
 
     pairs: the first of every two steps computes everything and only the second learns, as in Learning-to-Cache
-    (2406.01733); else every step but the first learns and a value lives until it is computed again, as in HarmoniCa
-    (2410.01723), whose training from noise alone, with a step of the optimiser at each step of `runs` trajectories,
-    serves both.
+    (2406.01733); else every step but the first learns, as in HarmoniCa (2410.01723); a value lives until it is computed
+    again. Each of `runs` trajectories from noise of its own tells how the error of its image changes with each gate.
+    Gates change places as that promises, one open and one shut, if the calibration's images then are nearer to the
+    teacher's. It starts from the best interval; at first the gates of a step move together, later each alone.
     """
     units = list(dict.fromkeys(site.unit for site in sites))
-    learner = _Learner(program, sites, units, pairs)
-    for run in range(runs):
-        learner.train(run, len(calibration.seeds))
-        calibration.progress((run + 1) / runs, f"learning gates, loss {learner.loss:.4f}")
-    return _open_most(learner.logits.detach(), units, share, pairs)
+    fixed = np.array([step % 2 == 0 if pairs else step == 0 for step in range(program.steps)])
+    judge, slopes = Judge(Rollout(program, sites), calibration), Slopes(program, sites)
+    budget = max(round(share * program.steps * len(units)), int(fixed.sum()) * len(units))
+    best = min((Tried.by(judge, masks) for masks in _intervals(fixed, len(units), budget)), key=Tried.error)
+    total, tried, together, idle = torch.zeros(best.masks.shape), {best.masks.tobytes()}, True, 0
+    for run in range(runs if budget < best.masks.size else 0):
+        total = MEMORY * total + slopes.of(best.masks, run)
+        better = improved(judge, best, total, fixed, together, tried)
+        idle = 0 if better else idle + 1
+        best = better or best
+        if together and (idle == PATIENCE or run >= runs // 2):
+            together, idle = False, 0
+            best = Tried.by(judge, filled(best.masks, total, budget))
+        calibration.progress((run + 1) / runs, f"learning gates, error {best.error():.4f}")
+    masks = filled(best.masks, total, budget)
+    return {unit: masks[:, index].nonzero()[0].tolist() for index, unit in enumerate(units)}
 
 
-def _open_most(logits: Tensor, units: Sequence[str], share: float, pairs: bool) -> dict[str, list[int]]:
-    steps, count = logits.shape
-    always = torch.arange(steps) % 2 == 0 if pairs else torch.arange(steps) == 0
-    ranked = logits.masked_fill(always[:, None], torch.inf).flatten().argsort(descending=True)
-    kept = max(round(share * steps * count), int(always.sum()) * count)
-    computed = torch.zeros(steps * count, dtype=torch.bool)
-    computed[ranked[:kept]] = True
-    table = computed.reshape(steps, count)
-    return {unit: table[:, index].nonzero().flatten().tolist() for index, unit in enumerate(units)}
+@dataclass(frozen=True)
+class Tried:
+    """Masks, and the logarithm of the error of each sample: none outweighs the others."""
+
+    masks: Masks
+    errors: NDArray[np.float64]
+
+    @staticmethod
+    def by(judge: Judge, masks: Masks) -> Tried:
+        return Tried(masks, np.log(np.maximum(judge.errors(masks), 1e-12)))
+
+    def error(self) -> float:
+        return float(np.exp(self.errors.mean()))
+
+    def beats(self, other: Tried) -> bool:
+        """By more than the standard error of the samples' differences."""
+        gain = other.errors - self.errors
+        return bool(gain.mean() > gain.std() / max(len(gain) - 1, 1) ** 0.5)
 
 
-class _Learner:
-    def __init__(self, program: Program, sites: Sequence[Candidate], units: Sequence[str], pairs: bool) -> None:
-        self.program, self.units, self.pairs = program, units, pairs
-        self.sites = sites
-        self.module = _mixed(program.graph, sites)
-        self.inputs = list(rewrite.placeholders(program.graph))
-        generator = torch.Generator().manual_seed(0)
-        self.logits = torch.randn(program.steps, len(units), generator=generator).mul(0.1).add(1.0).requires_grad_()
-        self.optimiser = torch.optim.Adam([self.logits], lr=RATE)
-        self.loss = float("nan")
+def _intervals(fixed: NDArray[np.bool_], units: int, budget: int) -> list[Masks]:
+    """For each warm-up the smallest interval that the budget allows, beside the steps that always compute."""
+    rows = {fixed.tobytes(): fixed}
+    for warmup in range(1, len(fixed)):
+        gaps = (fixed | np.array(every(gap, len(fixed), warmup)) for gap in range(1, len(fixed) + 1))
+        if (row := next((row for row in gaps if row.sum() * units <= budget), None)) is not None:
+            rows[row.tobytes()] = row
+    return [np.repeat(row[:, None], units, axis=1) for row in rows.values()]
 
-    def train(self, run: int, batch: int) -> None:
-        """One trajectory from noise of its own; the program's weights stay as they are."""
-        seeds = [2_000_000 + run * batch + i for i in range(batch)]
-        slots = initial_slots(self.program, example_conditions(self.program.contract, batch, run), seeds)
-        states = [torch.zeros(()) for _ in self.sites]
-        losses: list[float] = []
+
+def improved(
+    judge: Judge, best: Tried, slopes: Tensor, fixed: NDArray[np.bool_], together: bool, tried: set[bytes]
+) -> Tried | None:
+    """The first of the exchanges that promise most, and have not been tried, that is better."""
+    for masks in itertools.islice(exchanges(best.masks, slopes.numpy(), fixed, together, tried), TRIES):
+        tried.add(masks.tobytes())
+        if (found := Tried.by(judge, masks)).beats(best):
+            return found
+    return None
+
+
+def exchanges(
+    masks: Masks, slopes: NDArray[np.float32], fixed: NDArray[np.bool_], together: bool, tried: Collection[bytes]
+) -> Iterator[Masks]:
+    """The masks with one gate shut and one opened, by what the slopes promise; together: of all units of a step.
+
+    slopes: [T, units], of the error by each gate. fixed: steps that always compute.
+    """
+    gates, slope = (masks[:, :1], slopes.sum(axis=1, keepdims=True)) if together else (masks, slopes)
+    shuts = np.flatnonzero(gates & ~fixed[:, None])
+    opens = np.flatnonzero(~gates)
+    promise = slope.flat[opens] - slope.flat[shuts][:, None]
+    for pair in promise.argsort(axis=None, kind="stable"):
+        new = gates.copy()
+        new.flat[[shuts[pair // len(opens)], opens[pair % len(opens)]]] = False, True
+        new = np.repeat(new, masks.shape[1] // new.shape[1], axis=1)
+        if new.tobytes() not in tried:
+            yield new
+
+
+def filled(masks: Masks, slopes: Tensor, budget: int) -> Masks:
+    """With the gates opened that promise most, as many as the budget leaves."""
+    new = masks.copy()
+    order = slopes.masked_fill(torch.from_numpy(masks), torch.inf).flatten().argsort(stable=True)
+    new.flat[order[: budget - int(masks.sum())].numpy()] = True
+    return new
+
+
+class Slopes:
+    """How the error of a trajectory's image changes with each gate; the program's weights stay as they are."""
+
+    def __init__(self, program: Program, sites: Sequence[Candidate]) -> None:
+        self.program, self.sites = program, sites
+        units = list(dict.fromkeys(site.unit for site in sites))
+        self.unit_of = [units.index(site.unit) for site in sites]
+        self.module = mixed(program.graph, sites)
+        self.conditions = example_conditions(program.contract, BATCH * BATCHES)
+        self.nodes = rewrite.placeholders(program.graph)
+
+    def of(self, masks: Masks, run: int) -> Tensor:
+        """[T, units] d log(squared error) / d gate at these masks, on a batch of the run's own; mean over samples."""
+        seeds = [2_000_000 + run * BATCH + i for i in range(BATCH)]
+        part = slice(run % BATCHES * BATCH, (run % BATCHES + 1) * BATCH)
+        conditions = {name: values[part] for name, values in self.conditions.items()}
+        gates = torch.from_numpy(masks).float().requires_grad_()
+        with torch.no_grad():
+            teacher = self.image(torch.ones_like(gates), conditions, seeds)
+        distance = (self.image(gates, conditions, seeds) - teacher).square().flatten(1).sum(dim=1)
+        (slopes,) = torch.autograd.grad(distance.clamp_min(1e-12).log().mean(), gates)
+        return slopes
+
+    def image(self, gates: Tensor, conditions: Mapping[str, NDArray[Any]], seeds: Sequence[int]) -> Tensor:
+        """The sample at the end. What a step keeps of a site is what it used: gate * value + (1 - gate) * kept.
+
+        One step at a time is held for the way back; of the others, what they hand on.
+        """
+        slots = initial_slots(self.program, conditions, seeds)
+        states: Sequence[Tensor] = [torch.zeros(()) for _ in self.sites]
         for step in range(self.program.steps):
             if self.program.contract.stochastic:
-                shape = tuple(self.program.contract.sample.shape)
-                slots["noise"] = torch.from_numpy(normal(seeds, step + 1, shape))
-            values = self._values(step, slots, batch)
-            learns = step > 0 and (step % 2 == 1 or not self.pairs)
-            results, states = self._learn(step, values, states, losses) if learns else self._compute(values)
-            slots.update(zip(("sample", "history"), results, strict=False))
-        self.loss = float(np.mean(losses))
+                slots["noise"] = torch.from_numpy(normal(seeds, step + 1, tuple(self.program.contract.sample.shape)))
+            of_sites = gates[step] if step else torch.ones_like(gates[step])
+            results = checkpoint(
+                self.module, *self.values(step, slots), *of_sites[self.unit_of].unbind(), *states, use_reentrant=False
+            )
+            states = results[len(results) - len(self.sites) :]
+            slots.update(zip(("sample", "history"), results[: len(results) - len(self.sites)], strict=False))
+        return slots["sample"]
 
-    def _compute(self, values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        with torch.no_grad():
-            shut = [torch.zeros(()) for _ in self.sites]
-            results = self.module(*values, *[torch.ones(()) for _ in self.sites], *shut)
-        return self._split(results)
-
-    def _learn(
-        self, step: int, values: Sequence[Tensor], states: Sequence[Tensor], losses: list[float]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """A step of the optimiser; the sample goes on as the gates have it, and what an open gate computed is kept."""
-        teacher, _ = self._compute(values)
-        opened = torch.sigmoid(self.logits[step])
-        index = [self.units.index(site.unit) for site in self.sites]
-        results, fresh = self._split(self.module(*values, *[opened[i] for i in index], *states))
-        moved = (teacher[0] - values[0]).square().mean().clamp_min(1e-12)
-        error = (results[0] - teacher[0]).square().mean() / moved
-        self.optimiser.zero_grad()
-        (error + PENALTY * opened.mean()).backward()
-        self.optimiser.step()
-        with torch.no_grad():
-            self.logits.clamp_(-5, 5)
-        losses.append(float(error.detach()))
-        kept = [new if opened[i] > THRESHOLD else old for new, old, i in zip(fresh, states, index, strict=True)]
-        return [result.detach() for result in results], [value.detach() for value in kept]
-
-    def _split(self, results: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        count = len(results) - len(self.sites)
-        return list(results[:count]), list(results[count:])
-
-    def _values(self, step: int, slots: Mapping[str, Tensor], batch: int) -> list[Tensor]:
-        nodes = rewrite.placeholders(self.program.graph)
-        tables = self.program.tables
+    def values(self, step: int, slots: Mapping[str, Tensor]) -> list[Tensor]:
+        """The inputs of the step graph."""
+        tables, batch = self.program.tables, len(slots["sample"])
         return [
-            tables[name][step] if name in tables else slots[name] if name in slots else zero_state(nodes[name], batch)
-            for name in self.inputs
+            tables[name][step] if name in tables else slots[name] if name in slots else zero_state(node, batch)
+            for name, node in self.nodes.items()
         ]
 
 
-def _mixed(graph: fx.GraphModule, sites: Sequence[Candidate]) -> fx.GraphModule:
-    """The graph with each site's value as gate * value + (1 - gate) * state, and the values behind its results.
+def mixed(graph: fx.GraphModule, sites: Sequence[Candidate]) -> fx.GraphModule:
+    """The graph with each site's value as gate * value + (1 - gate) * state, and what it used behind its results.
 
     Inputs after the graph's own: a gate for each site, then a state for each.
     """
@@ -125,12 +187,14 @@ def _mixed(graph: fx.GraphModule, sites: Sequence[Candidate]) -> fx.GraphModule:
     states = [
         rewrite.add_input(module, f"state{i}", example) for i, example in enumerate(examples) if example is not None
     ]
+    used = []
     for value, gate, state in zip(values, gates, states, strict=True):
         with module.graph.inserting_after(value):
-            mixed = module.graph.call_function(aten.lerp.Tensor, (state, state, gate))
-        mixed.meta = dict(value.meta)
-        value.replace_all_uses_with(mixed)
-        mixed.args = (state, value, gate)
-    rewrite.output_node(module).args = ((*rewrite.output_values(module), *values),)
+            node = module.graph.call_function(aten.lerp.Tensor, (state, state, gate))
+        node.meta = dict(value.meta)
+        value.replace_all_uses_with(node)
+        node.args = (state, value, gate)
+        used.append(node)
+    rewrite.output_node(module).args = ((*rewrite.output_values(module), *used),)
     module.graph.lint()
     return fx.GraphModule(module, module.graph)
