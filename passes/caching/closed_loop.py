@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...compiler.calibrate import Calibration
-from ...compiler.execute import run
+from ...compiler.execute import initial_slots, run
 from ...compiler.plan import Mask, Plan, Site
 from ...compiler.program import Program
 from ...compiler.variants import Variant, build_variant, state_slots
@@ -32,9 +33,8 @@ def close_loop(program: Program, calibration: Calibration) -> dict[str, NDArray[
     change in the value, relative to it, counts as much as the sample's error relative to the step's way: a head that
     ignores the value's scale would leave that open.
     """
-    path: list[Tensor] = []
-    uncached = replace(program, plan=Plan(program.steps))
-    run(uncached, calibration.conditions, calibration.seeds, on_step=lambda step, sample: path.append(sample))
+    path = uncached_path(program, calibration)
+    ways = way_sizes(path)
     tables = {site.name: site.reuse.copy() for site in program.plan.sites if site.rolling}
     variants = {mask: build_variant(program, mask) for mask in program.plan.masks}
 
@@ -42,7 +42,7 @@ def close_loop(program: Program, calibration: Calibration) -> dict[str, NDArray[
         calibration.progress((step + 1) / program.steps, "closing the loop")
         pairs = zip(program.plan.sites, mask, strict=True)
         if reused := [site for site, computes in pairs if site.rolling and not computes]:
-            found = _Fit(variants[mask], values, reused, path[step]).solve()
+            found = _Fit(variants[mask], values, reused, path[step + 1], ways[step]).solve()
             for site, row in zip(reused, found.split([site.states for site in reused]), strict=True):
                 tables[site.name][step] = row.numpy()
 
@@ -50,22 +50,39 @@ def close_loop(program: Program, calibration: Calibration) -> dict[str, NDArray[
     return tables
 
 
+def uncached_path(program: Program, calibration: Calibration) -> list[Tensor]:
+    """The samples of the program without cache sites, from the noise on."""
+    path = [initial_slots(program, calibration.conditions, calibration.seeds)["sample"]]
+    uncached = replace(program, plan=Plan(program.steps))
+    run(uncached, calibration.conditions, calibration.seeds, on_step=lambda step, sample: path.append(sample))
+    return path
+
+
+def way_sizes(path: Sequence[Tensor]) -> list[float]:
+    """Mean squared change of each step of a path, and a tenth of all steps' mean: a last step may go nearly nowhere."""
+    ways = [float((after - before).square().mean()) for before, after in pairwise(path)]
+    return [way + 0.1 * sum(ways) / len(ways) + 1e-12 for way in ways]
+
+
 class _Fit:
     """Coefficients of one step, against the sample that the step should give; `values` are set to what is found."""
 
-    def __init__(self, variant: Variant, values: list[Tensor], sites: Sequence[Site], target: Tensor) -> None:
+    def __init__(
+        self, variant: Variant, values: list[Tensor], sites: Sequence[Site], target: Tensor, way: float
+    ) -> None:
         self.variant, self.values, self.target = variant, values, target
         sources = [source for _, source in variant.inputs.values()]
         self.rows = [sources.index(f"{site.name}.reuse") for site in sites]
         self.counts = [site.states for site in sites]
         self.first = torch.cat([values[index] for index in self.rows])
-        moved = float((target - values[sources.index("sample")]).double().square().sum())
         blocks = []
         for site, row in zip(sites, self.first.split(self.counts), strict=True):
             (slot,) = state_slots(site)
             states = values[sources.index(slot)].movedim(1, 0).flatten(1).double()
             gram = (states @ states.T) / max(float((row.double() @ states).square().sum()), 1e-30)
-            blocks.append(STIFFNESS * moved * (gram + RIDGE * gram.trace() / len(gram) * torch.eye(len(gram))))
+            blocks.append(
+                STIFFNESS * way * target.numel() * (gram + RIDGE * gram.trace() / len(gram) * torch.eye(len(gram)))
+            )
         self.stiffness = torch.block_diag(*blocks)
 
     def solve(self) -> Tensor:

@@ -23,7 +23,7 @@ from dcompile.exporters.interpret import run_lowered
 from dcompile.exporters.lower import lower
 from dcompile.passes.cache_steps import CacheSteps
 from dcompile.passes.caching import closed_loop
-from dcompile.passes.caching.closed_loop import close_loop
+from dcompile.passes.caching.closed_loop import close_loop, uncached_path, way_sizes
 from dcompile.passes.caching.history import RIDGE, fit_histories, least_squares
 from dcompile.passes.caching.sites import find_sites
 from dcompile.runtime.manifest import StateSpec
@@ -129,7 +129,7 @@ def test_closing_the_loop_brings_the_samples_nearer(dit: Program, calibration_of
     before = step.apply(dit, Decision({}, first)).program
     closed = close_loop(before, calibration)[found.name]
     np.testing.assert_array_equal(closed[list(computed)], first[found.name][list(computed)])
-    way = path(dit, calibration)[1:3]
+    along = uncached_path(dit, calibration)
 
     def error(change: NDArray[np.floating]) -> float:
         """Of the sample after step 2, and what the change of its coefficients costs, both relative to its way."""
@@ -139,9 +139,7 @@ def test_closing_the_loop_brings_the_samples_nearer(dit: Program, calibration_of
         stiff = np.sum((states @ change) ** 2) + closed_loop.RIDGE * np.mean((states**2).sum(0)) * np.sum(change**2)
         stiff /= np.sum((states @ first[found.name][2]) ** 2)
         sample = path(step.apply(dit, Decision({}, {found.name: rows})).program, calibration)[2]
-        return float(
-            (sample - way[1]).square().sum() / (way[1] - way[0]).square().sum() + closed_loop.STIFFNESS * stiff
-        )
+        return float((sample - along[3]).square().mean()) / way_sizes(along)[2] + closed_loop.STIFFNESS * float(stiff)
 
     seen: list[Any] = []
     watched = Watched(found.name, found.value)
@@ -157,6 +155,11 @@ def path(program: Program, calibration: Calibration) -> list[Tensor]:
     found: list[Tensor] = []
     run(program, calibration.conditions, calibration.seeds, on_step=lambda step, sample: found.append(sample))
     return found
+
+
+def test_a_way_of_nearly_nothing_counts_a_tenth_of_the_others() -> None:
+    path = [torch.zeros(1, 4), torch.ones(1, 4), torch.ones(1, 4)]
+    np.testing.assert_allclose(way_sizes(path), [1.05, 0.05])
 
 
 def test_states_are_one_or_more() -> None:
