@@ -35,10 +35,17 @@ BUDGETS: dict[str, tuple[str, ...]] = {
     "profilingdit": ("interval=2", "interval=4", "interval=6"),
     "ertacache": ("threshold=0.05", "threshold=0.1", "threshold=0.2"),
     "teacache": ("threshold=0.1", "threshold=0.2", "threshold=0.4"),
+    "fbcache": ("threshold=0.08,last=1", "threshold=0.1,last=1", "threshold=0.2,last=1"),
+    "dbcache": tuple(f"front=2,warmup=3,threshold={threshold},last=1" for threshold in (0.08, 0.12, 0.2)),
+    "tdc": ("threshold=0.15", "threshold=0.2", "threshold=0.4"),
+    "learning_to_cache": ("share=0.75", "share=0.65", "share=0.55"),
 }
 INTERVALS = ("interval=2", "interval=3", "interval=5")
 U_NETS_ONLY = ("deepcache", "deepcache_nonuniform", "faster_diffusion", "cachequant")
-DITS_ONLY = ("delta_dit", "profilingdit", "ddt", "bac", "qandc", "teacache")
+DITS_ONLY = (
+    "delta_dit", "profilingdit", "ddt", "bac", "qandc", "teacache", "fbcache", "dbcache", "tdc", "lesa",
+    "learning_to_cache", "harmonica", "ecad",
+)  # fmt: skip
 
 
 def cases(models: list[str], methods: list[str], budgets: int) -> list[tuple[str, str, str]]:
