@@ -76,7 +76,7 @@ def run(
             slots["noise"] = torch.from_numpy(normal(seeds, step + 1, tuple(program.contract.sample.shape)))
         mask = probes.mask(step, slots, tables, len(seeds))
         variant = variants[mask]
-        values = _inputs(variant, slots, tables, step, len(seeds))
+        values = variant_inputs(variant, slots, tables, step, len(seeds))
         if on_inputs:
             on_inputs(step, mask, values)
         results = _call(variant, values, step, tap, watched)
@@ -107,15 +107,16 @@ class _Probes:
             if key not in self._built:
                 self._built[key] = build_probe(self.program, mask, predicate)
             probe = self._built[key]
-            (decision,) = probe.graph(*_inputs(probe, slots, tables, step, batch))
+            (decision,) = probe.graph(*variant_inputs(probe, slots, tables, step, batch))
             if np.float32(decision.item()) < np.float32(predicate.below):
                 mask = plan.decided(mask, predicate, computes=False)
         return mask
 
 
-def _inputs(
+def variant_inputs(
     variant: Variant, slots: Mapping[str, Tensor], tables: Mapping[str, Tensor], step: int, batch: int
 ) -> list[Tensor]:
+    """What the variant takes at this step, in its order; zeros for a state that no step has left yet."""
     values = []
     for name, node in rewrite.placeholders(variant.graph).items():
         kind, source = variant.inputs[name]

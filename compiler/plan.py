@@ -35,6 +35,8 @@ class Site:
     not this one leaves this one alone: it runs what it needs of the network, and the states stay what they were.
     rolling: every step leaves state_0 = what it used for the value, less the base, and state_k = the old state_{k-1};
     they are one tensor [B, states, ...], since not every engine gives an input back under another name.
+    network: node of the graph that is added to the reuse value, or None: a small network's result. The graph returns it
+    after its own results and has the states it reads for inputs; a step that computes the site runs none of it.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Site:
     correction: NDArray[np.float32] | None = None
     overlaps: tuple[str, ...] = ()
     rolling: bool = False
+    network: str | None = None
 
     def __post_init__(self) -> None:
         if not self.computed or not self.computed[0]:

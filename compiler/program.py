@@ -38,7 +38,7 @@ class Program:
     """A diffusion model with its sampler, executable in PyTorch after every pass.
 
     graph: one whole step, (sample, [history], conditions, tables, [noise]) -> (next sample, [history]); the batch comes
-    first and is dynamic.
+    first and is dynamic. Where networks predict sites, their states come after the inputs, their results last.
     contract: what a user gives and gets. sampler: the rows of coefficients, one a network call.
     tables: graph inputs that change by step, name -> [steps, ...]; the runtime feeds row i at call i.
     plan: per step and site, compute or reuse. history: one record a pass.

@@ -79,7 +79,7 @@ class StepUnion:
 def unite(program: Program) -> StepUnion:
     """The union over the distinct rows of the program's plan."""
     module = rewrite.clone(program.graph)
-    kept = {name for site in program.plan.sites for name in (site.value, site.base) if name is not None}
+    kept = {name for site in program.plan.sites for name in (site.value, site.base, site.network) if name is not None}
     kept |= {name for each in program.plan.predicates for name in (each.indicator, each.base) if name is not None}
     _merge_equal(module, kept)
     _store_apart(module)
@@ -121,8 +121,8 @@ def unite(program: Program) -> StepUnion:
         decisions[predicate] = decision.decision
         outputs.append((decision_slot(predicate), decision.decision, every))
         outputs += _remembered(module, decision, computing, every - computing)
-    slots = result_slots(module)
-    results = [_unread(module, node, computed) for node in rewrite.output_values(module)]
+    slots = result_slots(program, module)
+    results = [_unread(module, node, computed) for node in rewrite.output_values(module)[: len(slots)]]
     outputs = [(slot, node, every) for slot, node in zip(slots, results, strict=True)] + outputs
     rewrite.output_node(module).args = (tuple(node for _, node, _ in outputs),)
     return StepUnion(

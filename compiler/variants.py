@@ -52,8 +52,8 @@ def cache_tables(program: Program) -> dict[str, Tensor]:
 def build_variant(program: Program, mask: Mask) -> Variant:
     """The graph that a step with this mask runs. A mask of all True still refreshes the states of every site."""
     module, inputs, states, decisions = _specialised(program, mask)
-    slots = result_slots(module)
-    written = [*zip(slots, rewrite.output_values(module), strict=True), *states]
+    slots = result_slots(program, module)
+    written = [*zip(slots, rewrite.output_values(module)[: len(slots)], strict=True), *states]
     for predicate, decision in zip(program.plan.predicates, decisions, strict=True):
         kept = decision.computing if program.plan.computes(mask, predicate) else decision.reusing
         written += kept.items()
@@ -138,12 +138,18 @@ def decision_nodes(
 
 def graph_inputs(program: Program, module: fx.GraphModule) -> dict[str, tuple[str, str]]:
     """Where each input of the step graph comes from."""
-    return {name: ("table" if name in program.tables else "slot", name) for name in rewrite.placeholders(module)}
+    states = {
+        f"{site.name}_state{order}": state_slot(site, order)
+        for site in program.plan.sites if site.network for order in range(site.states)
+    }  # fmt: skip
+    kinds = {name: "table" if name in program.tables else "slot" for name in rewrite.placeholders(module)}
+    return {name: (kind, states.get(name, name)) for name, kind in kinds.items()}
 
 
-def result_slots(module: fx.GraphModule) -> tuple[str, ...]:
-    """The slots of what the step graph returns."""
-    return ("sample", "history")[: len(rewrite.output_values(module))]
+def result_slots(program: Program, module: fx.GraphModule) -> tuple[str, ...]:
+    """The slots of what the step graph returns, before the results of networks that predict sites."""
+    networks = sum(site.network is not None for site in program.plan.sites)
+    return ("sample", "history")[: len(rewrite.output_values(module)) - networks]
 
 
 def refreshed_states(
@@ -188,7 +194,11 @@ def reused_value(
     assert total is not None
     if site.correction is not None:
         total = _corrected(module, site, value, total, inputs)
-    return total if base is None else rewrite.call(module, value, aten.add.Tensor, base, total)
+    if base is not None:
+        total = rewrite.call(module, value, aten.add.Tensor, base, total)
+    if site.network is not None:
+        total = rewrite.call(module, value, aten.add.Tensor, total, rewrite.node_named(module, site.network))
+    return total
 
 
 def _corrected(

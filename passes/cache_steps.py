@@ -25,11 +25,13 @@ from .caching.decided import fit_polynomial, predicates, vote
 from .caching.fits import fit_copies
 from .caching.history import fit_histories
 from .caching.methods import COMMON, METHODS
+from .caching.nets import add_networks
 from .caching.noise import measure_noise
 from .caching.router import learn_masks
 from .caching.search import search_masks
 from .caching.segmentation import bubbling_union, leader_first
 from .caching.sites import Candidate, Refused, block_lists, find_sites
+from .caching.training import train_networks
 from .caching.updates import (
     GAIN,
     measure_gains,
@@ -80,7 +82,8 @@ class CacheSteps:
     predictor: "copy" of the value; "delta" (value minus the region's input, added to the current input); "taylor1",
     "taylor2": extrapolation from the last computed steps (TaylorSeer, 2503.06923), of the delta for a range of blocks,
     else of the value; "history": a mix of the last `states` values, computed or predicted, by coefficients for each
-    step that least squares on recorded runs has.
+    step that least squares on recorded runs has; "net": a copy (with two `states`, taylor1 of the value) plus what a
+    small network makes of it and of the region's input, trained on `runs` runs of the program.
     correct: multiply and add to what is copied (of a delta: to the delta), by step and channel, as least squares on
     recorded runs has it.
     noise_aware: where a quantize pass follows and the predictor is taylor1 or taylor2, the order of each site is
@@ -103,7 +106,7 @@ class CacheSteps:
     interval: int | None = None
     warmup: int | None = None
     last: int | None = None
-    predictor: Literal["copy", "delta", "taylor1", "taylor2", "history"] | None = None
+    predictor: Literal["copy", "delta", "taylor1", "taylor2", "history", "net"] | None = None
     states: int | None = None
     site: Literal["auto", "range", "block", "runs", "stages", "branch", "cut", "encoder", "output"] | None = None
     front: int | None = None
@@ -184,7 +187,7 @@ class CacheSteps:
 
     @property
     def _order(self) -> int:
-        return _ORDERS[self.predictor or "copy"]
+        return self._states - 1 if self.predictor == "net" else _ORDERS[self.predictor or "copy"]
 
     def decide(self, program: Program, calibration: Calibration, /) -> Decision:
         """The computed steps of each unit of sites, where they follow from recorded runs; else nothing."""
@@ -196,7 +199,7 @@ class CacheSteps:
             step = replace(self, blocks=tuple(choices["blocks"]))
         following = calibration.following if self.looks_ahead else ()
         quantize = next((later for later in following if isinstance(later, Quantize)), None)
-        fitted = self.correct or self.resize or self.compensate or self.predictor == "history"
+        fitted = self.correct or self.resize or self.compensate or self.predictor in ("history", "net")
         if not (self.schedule in _MEASURED or fitted or quantize):
             return Decision(choices)
         sites = step._candidates(program.graph, [])
@@ -209,8 +212,12 @@ class CacheSteps:
         masks = step._masks(program, sites, choices)
         if all(map(all, masks.values())):
             return Decision(choices)
-        if quantize and self.noise_aware and self._order:
+        if quantize and self.looks_ahead:
             choices["noise"] = step._noise(program, masks, quantize, calibration)
+        if self.predictor == "net":
+            reused = [site for site, mask in masks.items() if not all(mask)]
+            draft = step.apply(program, Decision(choices)).program
+            return Decision(choices, train_networks(draft, reused, calibration, self.runs or 24))
         tensors: dict[str, NDArray[np.float32]] = {}
         if self.predictor == "history":
             watched = {self._watched(site): mask for site, mask in masks.items()}
@@ -232,7 +239,7 @@ class CacheSteps:
 
     @property
     def _states(self) -> int:
-        return self.states or 4
+        return self.states or (4 if self.predictor == "history" else 1)
 
     def _noise(
         self, program: Program, masks: Mapping[Candidate, Mask], quantize: Quantize, calibration: Calibration
@@ -348,6 +355,10 @@ class CacheSteps:
             given = f"interval {self.interval}, warmup {self.warmup} and last {self.last}"
             why = f"{given} compute all {program.steps} steps"
             return PassResult(program, Record(self.name, refused=(("every site", why),)))
+        if self.predictor == "net":
+            reused = [site for site, mask in masks.items() if not all(mask)]
+            program, results = add_networks(program, reused, self._states, decision.tensors)
+            sites = tuple(replace(site, network=name) for site, name in zip(sites, results, strict=True))
         found = step._predicates(program, candidates, decision.choices) if open_sites else ()
         plan = Plan(program.steps, sites, found)
         details = {
@@ -413,7 +424,7 @@ class CacheSteps:
             unmeasured = copies(len(computed), self._states)  # a dry run has no coefficients
             table, unread = decision.tensors.get(site.name, unmeasured), unmeasured[:, 1:] * 0
             return Site(site.name, site.value, None, computed, table, unread, rolling=True)
-        base = site.base if self.predictor != "copy" else None
+        base = site.base if self.predictor not in ("copy", "net") else None
         if self.predictor == "delta" and base is None:
             raise PassError(
                 f"cache_steps: {site.name} has no input of its own shape, which predictor 'delta' adds to; use copy"

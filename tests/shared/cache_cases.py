@@ -19,9 +19,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "learning_to_cache": {"runs": 2},
     "harmonica": {"runs": 2},
     "ecad": {"trials": 20},
+    "disca": {"runs": 2},
+    "flowturbo": {"runs": 2},
 }
 ON_UNETS = ("deepcache", "deepcache_nonuniform", "faster_diffusion", "cachequant")
-ON_BOTH = ("interval", "segments", "taylorseer", "fora", "ertacache")
+ON_BOTH = ("interval", "segments", "taylorseer", "fora", "ertacache", "flowturbo")
 CASES = [
     (network, method)
     for network in ("dit", "unet")
