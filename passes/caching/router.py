@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...compiler import rewrite
 from ...compiler.calibrate import Calibration, example_conditions
-from ...compiler.execute import initial_slots, zero_state
-from ...compiler.plan import every
+from ...compiler.execute import initial_slots
 from ...compiler.program import Program
-from ...compiler.rewrite import aten
 from ...runtime.random import normal
+from .mixing import mixed, step_values
 from .rollout import Judge, Masks, Rollout
+from .schedules import intervals_within
 from .sites import Candidate
 
 BATCH, BATCHES = 4, 16  # samples of a run; runs until conditions come again
@@ -42,7 +41,7 @@ def learn_masks(
     fixed = np.array([step % 2 == 0 if pairs else step == 0 for step in range(program.steps)])
     judge, slopes = Judge(Rollout(program, sites), calibration), Slopes(program, sites)
     budget = max(round(share * program.steps * len(units)), int(fixed.sum()) * len(units))
-    best = min((Tried.by(judge, masks) for masks in _intervals(fixed, len(units), budget)), key=Tried.error)
+    best = min((Tried.by(judge, masks) for masks in intervals(fixed, len(units), budget)), key=Tried.error)
     total, tried, together, idle = torch.zeros(best.masks.shape), {best.masks.tobytes()}, True, 0
     for run in range(runs if budget < best.masks.size else 0):
         total = MEMORY * total + slopes.of(best.masks, run)
@@ -77,14 +76,10 @@ class Tried:
         return bool(gain.mean() > gain.std() / max(len(gain) - 1, 1) ** 0.5)
 
 
-def _intervals(fixed: NDArray[np.bool_], units: int, budget: int) -> list[Masks]:
-    """For each warm-up the smallest interval that the budget allows, beside the steps that always compute."""
-    rows = {fixed.tobytes(): fixed}
-    for warmup in range(1, len(fixed)):
-        gaps = (fixed | np.array(every(gap, len(fixed), warmup)) for gap in range(1, len(fixed) + 1))
-        if (row := next((row for row in gaps if row.sum() * units <= budget), None)) is not None:
-            rows[row.tobytes()] = row
-    return [np.repeat(row[:, None], units, axis=1) for row in rows.values()]
+def intervals(fixed: NDArray[np.bool_], units: int, budget: int) -> list[Masks]:
+    """The best known by hand that the budget allows, all units alike."""
+    rows = intervals_within(tuple(fixed.tolist()), budget // units)
+    return [np.repeat(np.array(row)[:, None], units, axis=1) for row in rows]
 
 
 def improved(
@@ -134,7 +129,6 @@ class Slopes:
         self.unit_of = [units.index(site.unit) for site in sites]
         self.module = mixed(program.graph, sites)
         self.conditions = example_conditions(program.contract, BATCH * BATCHES)
-        self.nodes = rewrite.placeholders(program.graph)
 
     def of(self, masks: Masks, run: int) -> Tensor:
         """[T, units] d log(squared error) / d gate at these masks, on a batch of the run's own; mean over samples."""
@@ -160,41 +154,12 @@ class Slopes:
                 slots["noise"] = torch.from_numpy(normal(seeds, step + 1, tuple(self.program.contract.sample.shape)))
             of_sites = gates[step] if step else torch.ones_like(gates[step])
             results = checkpoint(
-                self.module, *self.values(step, slots), *of_sites[self.unit_of].unbind(), *states, use_reentrant=False
+                self.module,
+                *step_values(self.program, step, slots),
+                *of_sites[self.unit_of].unbind(),
+                *states,
+                use_reentrant=False,
             )
             states = results[len(results) - len(self.sites) :]
             slots.update(zip(("sample", "history"), results[: len(results) - len(self.sites)], strict=False))
         return slots["sample"]
-
-    def values(self, step: int, slots: Mapping[str, Tensor]) -> list[Tensor]:
-        """The inputs of the step graph."""
-        tables, batch = self.program.tables, len(slots["sample"])
-        return [
-            tables[name][step] if name in tables else slots[name] if name in slots else zero_state(node, batch)
-            for name, node in self.nodes.items()
-        ]
-
-
-def mixed(graph: fx.GraphModule, sites: Sequence[Candidate]) -> fx.GraphModule:
-    """The graph with each site's value as gate * value + (1 - gate) * state, and what it used behind its results.
-
-    Inputs after the graph's own: a gate for each site, then a state for each.
-    """
-    module = rewrite.clone(graph)
-    values = [rewrite.node_named(module, site.value) for site in sites]
-    gates = [rewrite.add_input(module, f"gate{i}", torch.zeros(())) for i in range(len(sites))]
-    examples = [rewrite.tensor_of(value) for value in values]
-    states = [
-        rewrite.add_input(module, f"state{i}", example) for i, example in enumerate(examples) if example is not None
-    ]
-    used = []
-    for value, gate, state in zip(values, gates, states, strict=True):
-        with module.graph.inserting_after(value):
-            node = module.graph.call_function(aten.lerp.Tensor, (state, state, gate))
-        node.meta = dict(value.meta)
-        value.replace_all_uses_with(node)
-        node.args = (state, value, gate)
-        used.append(node)
-    rewrite.output_node(module).args = ((*rewrite.output_values(module), *used),)
-    module.graph.lint()
-    return fx.GraphModule(module, module.graph)

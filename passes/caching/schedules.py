@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import cmath
+import itertools
 from collections.abc import Collection
 
 from ...compiler.errors import PassError
-from ...compiler.plan import Mask
+from ...compiler.plan import Mask, every
 
 
-def interval_to_the_end(steps: int, every: int) -> Mask:
+def interval_to_the_end(steps: int, gap: int) -> Mask:
     """Counted from the last step, which is computed, as in FORA (2407.01425); step 0 is computed too."""
-    return tuple(i == 0 or (steps - 1 - i) % every == 0 for i in range(steps))
+    return tuple(i == 0 or (steps - 1 - i) % gap == 0 for i in range(steps))
+
+
+def intervals_within(fixed: Mask, most: int) -> list[Mask]:
+    """The steps that are fixed, then beside them for each warm-up the smallest interval that `most` steps allow."""
+    steps = len(fixed)
+    found = [fixed]
+    for warmup in range(1, steps):
+        rows = (every(gap, steps, warmup) for gap in range(1, steps + 1))
+        beside = (tuple(a or b for a, b in zip(fixed, row, strict=True)) for row in rows)
+        found += itertools.islice((row for row in beside if sum(row) <= most), 1)
+    return list(dict.fromkeys(found))
 
 
 def at(steps: int, computed: Collection[int], source: str) -> Mask:

@@ -11,16 +11,16 @@ import numpy as np
 
 from ...compiler.calibrate import Calibration
 from ...compiler.errors import PassError, UnsupportedError
-from ...compiler.plan import every
 from ...compiler.program import Program
 from .rollout import Judge, Masks, Rollout
+from .schedules import intervals_within
 from .sites import Candidate
 
 POPULATION, POINTS = 24, 4  # of a generation; places where two parents are cut
-CROSSED, FLIPPED = 0.5, 0.25  # of the children: have two parents; of their changes: make a step more, or less
+CROSSED, FLIPPED = 0.3, 0.2  # of the children: have two parents; of their changes: make a step more, or less
 MOVES, REACH = 2, 1.5  # most changes in a child; steps that a computed one goes, about
 TRIES = 20  # at a child that has not been before
-MARGIN = 0.85  # of the share, and its inverse: what the search keeps to
+MARGIN = 0.85  # of the share: what a mask costs at least
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def search(
     delta: bool = False, margin: float = MARGIN,
 ) -> list[Tried]:  # fmt: skip
     """The masks that no other tried one beats in both, by rising cost. ECAD (2506.15682): a bit for each step and unit,
-    copies of last values, a population that starts from hand-made schedules. Masks between `margin` of the share and
-    its inverse come before others, so that few trials do.
+    copies of last values, a population that starts from hand-made schedules. Masks whose cost is between `margin` of
+    the share and the share come before others, so that few trials do.
     """
     try:
         import optuna
@@ -67,22 +67,23 @@ def search(
     shape = program.steps - 1, len(units)
     names = [f"{step}_{unit}" for step in range(shape[0]) for unit in range(shape[1])]
     space: dict[str, Any] = dict.fromkeys(names, optuna.distributions.IntDistribution(0, 1))
+    child = _Child(names, shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of a strategy of one's own
-        sampler = optuna.samplers.NSGAIISampler(
-            population_size=POPULATION, seed=0, child_generation_strategy=_Child(names, shape)
-        )
+        sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=0, child_generation_strategy=child)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
-    for masks in seed_masks(program.steps, len(units), share, margin):
-        study.enqueue_trial(dict(zip(names, masks[1:].flatten().astype(int).tolist(), strict=True)))
+    for bits in child.first(program.steps, share):
+        study.enqueue_trial(child.named(bits))
+    least = margin * int(share * program.steps) / program.steps  # of what whole steps can cost
     tried: dict[bytes, Tried] = {}
     for number in range(trials):
         trial = study.ask(space)
+        assert trial.relative_params is not None  # optuna 5.0: unread, a trial given whole is of no generation
         bits = np.array([trial.params[name] for name in names], bool).reshape(shape)
         masks = np.concatenate([np.ones((1, shape[1]), bool), bits])
         found = tried.get(masks.tobytes()) or try_out(judge, masks)
         tried[masks.tobytes()] = found
-        trial.set_constraint("near", max(found.cost - share / margin, share * margin - found.cost))
+        trial.set_constraint("near", max(found.cost - share, least - found.cost))
         study.tell(trial, [found.cost, found.error])
         best = min((each.error for each in tried.values() if each.cost <= share + 1e-9), default=float("nan"))
         calibration.progress((number + 1) / trials, f"searching masks, error {best:.4f} at share {share:.2f}")
@@ -102,18 +103,10 @@ def front_of(tried: Sequence[Tried]) -> list[Tried]:
     return front
 
 
-def seed_masks(steps: int, units: int, share: float, margin: float) -> list[Masks]:
-    """Step 0 alone, and all intervals after a warm-up that are nearer to the share than `margin`; units alike."""
-    rows = [every(steps, steps)]
-    rows += [every(gap, steps, warmup) for warmup in (1, 2, 3, 4, 6, 8, 12) for gap in range(1, steps // 2 + 1)]
-    near = [row for row in rows if row is rows[0] or margin <= sum(row) / steps / share <= 1 / margin]
-    return [np.repeat(np.array(row)[:, None], units, axis=1) for row in dict.fromkeys(near)]
-
-
 class _Child:
     """Of two parents, each the better of two drawn: bits of one and of the other in turn, then steps change places.
 
-    ECAD flips bits. Most flips are for the worse, so three times in four a computed step goes elsewhere instead: of all
+    ECAD flips bits. Most flips are for the worse, so four times in five a computed step goes elsewhere instead: of all
     units, of every second one (attention, or feed-forward), of neighbours, or of one.
     """
 
@@ -129,6 +122,15 @@ class _Child:
             if bits.tobytes() not in self.seen:
                 break
         self.seen.add(bits.tobytes())
+        return self.named(bits)
+
+    def first(self, steps: int, share: float) -> list[Masks]:
+        """A population of intervals that cost at most the share, all units alike, and of what is next to them."""
+        rows = intervals_within((True, *[False] * (steps - 1)), int(share * steps + 1e-9))
+        masks = [np.repeat(np.array(row[1:])[:, None], self.shape[1], axis=1) for row in rows]
+        return masks + [self._moved(masks[number % len(masks)]) for number in range(POPULATION - len(masks))]
+
+    def named(self, bits: Masks) -> dict[str, int]:
         return dict(zip(self.names, bits.flatten().astype(int).tolist(), strict=True))
 
     def _born(self, parents: Sequence[Any]) -> Masks:

@@ -14,7 +14,7 @@ from dcompile.compiler.plan import every
 from dcompile.compiler.program import Program
 from dcompile.passes.cache_steps import CacheSteps
 from dcompile.passes.caching.rollout import Judge, Rollout
-from dcompile.passes.caching.router import Slopes, Tried, _intervals, exchanges, filled
+from dcompile.passes.caching.router import Slopes, Tried, exchanges, filled, intervals
 from dcompile.passes.caching.sites import find_sites
 
 CalibrationOf = Callable[[Program], Calibration]
@@ -101,18 +101,18 @@ def test_better_is_by_more_than_chance() -> None:
     assert not Tried(masks, np.log([0.01, 0.3, 0.4])).beats(one)  # of one sample alone
 
 
-def test_it_starts_from_intervals_within_the_budget() -> None:
+def test_it_starts_fromintervals_within_the_budget() -> None:
     fixed = np.arange(30) % 30 == 0
-    found = _intervals(fixed, 2, 20)
+    found = intervals(fixed, 2, 20)
     assert len(found) > 8
     assert all(each.sum() <= 20 and each[0].all() for each in found)
     assert any(np.array_equal(each[:, 0], every(3, 30)) for each in found)
     pairs = np.arange(30) % 2 == 0
-    assert all(each[pairs].all() for each in _intervals(pairs, 2, 40))
+    assert all(each[pairs].all() for each in intervals(pairs, 2, 40))
 
 
 @pytest.mark.parametrize(("method", "share"), [("harmonica", 0.5), ("learning_to_cache", 0.7)])
-def test_learning_beats_intervals_and_chance_at_the_same_cost(
+def test_learning_beatsintervals_and_chance_at_the_same_cost(
     method: str, share: float, dit: Program, calibration_of: CalibrationOf
 ) -> None:
     calibration = calibration_of(dit)
@@ -127,7 +127,7 @@ def test_learning_beats_intervals_and_chance_at_the_same_cost(
     judge = Judge(Rollout(dit, sites), calibration)
     learned = np.log(judge.errors(masks)).mean()
     fixed = np.arange(dit.steps) % (2 if method == "learning_to_cache" else dit.steps) == 0
-    assert all(learned < np.log(judge.errors(each)).mean() for each in _intervals(fixed, len(sites), budget))
+    assert all(learned < np.log(judge.errors(each)).mean() for each in intervals(fixed, len(sites), budget))
     random, worse = np.random.default_rng(0), 0
     for _ in range(20):
         drawn = np.repeat(fixed[:, None], len(sites), axis=1)

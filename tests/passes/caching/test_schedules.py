@@ -37,6 +37,17 @@ def test_quadratic_is_deepcaches_non_uniform(center: float, power: float, publis
     assert steps(schedules.quadratic(50, 10, center, power)) == published
 
 
+def test_intervals_within_a_budget() -> None:
+    found = schedules.intervals_within((True, *[False] * 29), 10)
+    assert found[0] == (True, *[False] * 29)  # something meets every budget
+    assert every(3, 30) in found
+    assert every(5, 30, warmup=6) in found
+    assert all(sum(row) <= 10 and row[0] for row in found)
+    assert len(found) == 11  # a row for each warm-up that fits, one alone
+    pairs = tuple(step % 2 == 0 for step in range(30))
+    assert all(row[step] for row in schedules.intervals_within(pairs, 20) for step in range(0, 30, 2))
+
+
 def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(PassError, match=r"no non-uniform schedule has 6 of 6 steps around step 2"):
         schedules.quadratic(6, 6, 2, 1.4)

@@ -17,7 +17,7 @@ from dcompile.compiler.flops import sample_flops
 from dcompile.compiler.program import Program
 from dcompile.passes.cache_steps import CacheSteps
 from dcompile.passes.caching.rollout import Judge, Rollout
-from dcompile.passes.caching.search import front_of, search, search_masks, seed_masks, try_out
+from dcompile.passes.caching.search import front_of, search, search_masks, try_out
 from dcompile.passes.caching.sites import Candidate, find_sites
 
 CalibrationOf = Callable[[Program], Calibration]
@@ -32,7 +32,7 @@ def two_units(program: Program) -> tuple[Candidate, ...]:
 def test_the_front_is_that_of_brute_force(dit: Program, calibration_of: CalibrationOf) -> None:
     calibration = calibration_of(dit)
     sites = two_units(dit)
-    found = search(dit, sites, calibration, share=0.5, trials=900, margin=0.1)
+    found = search(dit, sites, calibration, share=0.99, trials=700, margin=0.1)
     judge = Judge(Rollout(dit, sites), calibration)
     rows = [np.array([1, 1, *bits], bool).reshape(6, 2) for bits in product((0, 1), repeat=10)]
     best = front_of([try_out(judge, masks) for masks in rows])
@@ -73,14 +73,6 @@ def test_more_trials_are_no_worse_and_a_seed_is_a_seed(dit: Program, calibration
     assert best[1] == best[2]
     for one, other in zip(*fronts[1:], strict=True):
         np.testing.assert_array_equal(one.masks, other.masks)
-
-
-def test_it_starts_from_hand_made_schedules() -> None:
-    masks = seed_masks(30, 4, 1 / 3, 0.85)
-    assert len(masks) > 10
-    assert all(each.shape == (30, 4) and each[0].all() for each in masks)
-    assert masks[0].sum() == 4  # step 0 alone: something meets every budget
-    assert all(0.28 < each.mean() < 0.4 for each in masks[1:])
 
 
 def test_what_cannot_be_searched_is_refused(dit: Program, calibration_of: CalibrationOf) -> None:
