@@ -44,7 +44,7 @@ INTERVALS = ("interval=2", "interval=3", "interval=5")
 U_NETS_ONLY = ("deepcache", "deepcache_nonuniform", "faster_diffusion", "cachequant")
 DITS_ONLY = (
     "delta_dit", "profilingdit", "ddt", "bac", "qandc", "teacache", "fbcache", "dbcache", "tdc", "lesa",
-    "learning_to_cache", "harmonica", "ecad",
+    "learning_to_cache", "harmonica", "ecad", "edit", "disca",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from ..runtime.errors import did_you_mean
 from .caching import replay, schedules
 from .caching.closed_loop import close_loop
 from .caching.decided import fit_polynomial, predicates, vote
+from .caching.edit import route_masks
 from .caching.fits import fit_copies
 from .caching.history import fit_histories
 from .caching.methods import COMMON, METHODS
@@ -48,7 +49,7 @@ from .quantize import Quantize
 _ORDERS = {"copy": 0, "delta": 0, "history": 0, "taylor1": 1, "taylor2": 2}
 _DECIDED = ("compare", "accumulate", "history")  # by each step, at run time, unless frozen
 # schedules that recorded runs decide
-_MEASURED = ("segments", "hold", "learned", "learned_pairs", "searched", *_DECIDED)
+_MEASURED = ("segments", "hold", "learned", "learned_pairs", "searched", "routed", *_DECIDED)
 _LEAST = {"interval": 1, "warmup": 1, "last": 0, "front": 0, "back": 0, "budget": 1, "states": 1, "trials": 1}
 _KEY_STEPS = {50: (0, 1, 2, 3, 5, 10, 15, 25, 35)}  # Faster Diffusion's published list, by the number of steps
 
@@ -76,7 +77,8 @@ class CacheSteps:
     decided ahead of time by what most recorded runs decide; longest: most steps in a row that reuse).
     "learned" the evaluations whose gates a training of `runs` trajectories leaves open, a `share` of all;
     "learned_pairs" so at every second step, the others computing everything. "searched" the best of `trials` masks that
-    a genetic search tries, whose operations are at most a `share` of all that the sites cost.
+    a genetic search tries, whose operations are at most a `share` of all that the sites cost. "routed" a `share` of all
+    evaluations: the first half of the steps, then those that routers, trained on `runs` trajectories, value most.
     apart: each block list has its own front and back, and decides for itself; else they count as one.
     budget: number of computed steps; without it, one in `interval`.
     predictor: "copy" of the value; "delta" (value minus the region's input, added to the current input); "taylor1",
@@ -122,6 +124,7 @@ class CacheSteps:
             "learned",
             "learned_pairs",
             "searched",
+            "routed",
             "compare",
             "accumulate",
             "history",
@@ -260,6 +263,8 @@ class CacheSteps:
         if self.schedule == "searched":
             delta = self.predictor == "delta"
             return search_masks(program, sites, calibration, share=share, trials=_int(self.trials), delta=delta)
+        if self.schedule == "routed":
+            return route_masks(program, sites, calibration, share=share, runs=_int(self.runs))
         if self.schedule in ("learned", "learned_pairs"):
             pairs = self.schedule == "learned_pairs"
             return learn_masks(program, sites, calibration, share=share, runs=_int(self.runs), pairs=pairs)

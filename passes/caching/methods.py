@@ -176,6 +176,14 @@ METHODS: Mapping[str, Method] = {
         {"site": "branch", "schedule": "searched", "trials": 500},
         reconstructed="images are judged by their distance to the teacher's; steps change places where it flips bits",
     ),
+    "edit": Method(
+        "E-DiT",
+        "2602.13993",
+        "in the second half of the steps the residuals of blocks whose routers value them least, ten times at most",
+        "the routers in the graph against plain PyTorch; routers that open every gate change nothing",
+        {"site": "block", "predictor": "delta", "schedule": "routed", "share": 0.7, "runs": 24},
+        reconstructed="trained on its own trajectories, without widths; frozen by vote, ranked to a budget",
+    ),
     "ertacache": Method(
         "ERTACache",
         "2508.21091",

@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "learning_to_cache": {"runs": 2},
     "harmonica": {"runs": 2},
     "ecad": {"trials": 20},
+    "edit": {"runs": 2},
     "disca": {"runs": 2},
     "flowturbo": {"runs": 2},
 }

@@ -59,7 +59,7 @@ def test_computing_every_step_changes_nothing(
     program: Program = request.getfixturevalue(network)
     every = {"interval": 1, "threshold": 0.0, "budget": program.steps, "keys": tuple(range(program.steps))}
     options = {name: value for name, value in every.items() if name != "keys" or method == "faster_diffusion"}
-    if method in ("learning_to_cache", "harmonica", "ecad"):
+    if method in ("learning_to_cache", "harmonica", "ecad", "edit"):
         options |= {"share": 1.0, "runs": 1, "trials": 1}
     if method == "dbcache":
         options |= {"front": 1, "warmup": 1}
