@@ -54,7 +54,7 @@ def test_a_plan_shows_passes_with_all_options_and_which_steps_are_full(
     shown = lines(plan_tree("model", tmp_path / "out", recipe, Settings(cache=Path("/kept"))))
     assert shown[0] == f"model -> {tmp_path / 'out'}  (dry run: nothing is measured or written)"
     options = "method=interval, interval=2, warmup=2, last=0, predictor=taylor1, site=auto, front=1, back=0"
-    assert f"cache_steps  {options}, schedule=interval, apart=True" in shown
+    assert f"cache_steps  {options}, schedule=interval, apart=True, noise_aware=True" in shown
     assert "1 site (transformer_blocks_1_2); full steps: [0, 1, 3, 5]" in shown
     assert "fold_timestep" in shown
     assert "judge none; gates: psnr>=20" in shown
