@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import peers
@@ -44,20 +44,21 @@ OURS = {
         "method=interval,interval=2", "method=interval,interval=3",
     ),
 }  # fmt: skip
-TARGETS = {"onnx": "fp32", "openvino": "bf16"}
+TARGETS: dict[str, Literal["fp32", "bf16"]] = {"onnx": "fp32", "openvino": "bf16"}
 
 
-def cache_dit(network: Any, front: int, threshold: float, order: int, steps: int) -> None:
+def cache_dit(model: peers.Model, *, front: int, threshold: float, order: int) -> None:
     import cache_dit
     from cache_dit.caching.cache_blocks.pattern_3_4_5 import CachedBlocks_Pattern_3_4_5
 
+    network: Any = model.network
     adapter = cache_dit.BlockAdapter(
         transformer=network, blocks=network.transformer_blocks, forward_pattern=cache_dit.ForwardPattern.Pattern_3,
         check_forward_pattern=False,
     )  # fmt: skip
     config = cache_dit.DBCacheConfig(
-        Fn_compute_blocks=front, Bn_compute_blocks=0, residual_diff_threshold=threshold, num_inference_steps=steps,
-        max_warmup_steps=2,
+        Fn_compute_blocks=front, Bn_compute_blocks=0, residual_diff_threshold=threshold, max_warmup_steps=2,
+        num_inference_steps=model.steps,
     )  # fmt: skip
     # It puts one module in place of the blocks, and diffusers' DiT asks the first block for its norm.
     first = network.transformer_blocks[0]
@@ -66,10 +67,10 @@ def cache_dit(network: Any, front: int, threshold: float, order: int, steps: int
     cache_dit.enable_cache(adapter, cache_config=config, calibrator_config=calibrator)
 
 
-def deepcache(network: Any, interval: int, scheduler: Any) -> None:
+def deepcache(model: peers.Model, *, interval: int) -> None:
     from DeepCache import DeepCacheSDHelper
 
-    helper = DeepCacheSDHelper(SimpleNamespace(unet=network, scheduler=scheduler))
+    helper = DeepCacheSDHelper(SimpleNamespace(unet=model.network, scheduler=model.scheduler))
     helper.set_params(cache_interval=interval, cache_branch_id=0)
     helper.enable()
 
@@ -79,15 +80,11 @@ def peer_calls(name: str, batch: int, threads: int, noise: torch.Tensor) -> dict
     settings: dict[str, Callable[[peers.Model], None]] = {"eager": lambda model: None}
     if name == "glyphs_unet":
         for interval in (2, 3, 5):
-            settings[f"DeepCache interval {interval}"] = lambda model, n=interval: deepcache(
-                model.network, n, model.scheduler
-            )  # fmt: skip
+            settings[f"DeepCache interval {interval}"] = partial(deepcache, interval=interval)
     else:
         for front, threshold, order in ((1, 0.1, 0), (1, 0.2, 0), (1, 0.4, 0), (8, 0.08, 0), (1, 0.2, 1)):
             title = f"cache-dit F{front}B0 {threshold}" + (f" TaylorSeer {order}" if order else "")
-            settings[title] = lambda model, f=front, t=threshold, o=order: cache_dit(
-                model.network, f, t, o, model.steps
-            )
+            settings[title] = partial(cache_dit, front=front, threshold=threshold, order=order)
     calls: dict[str, Callable[[], NDArray[Any]]] = {}
     for title, accelerate in settings.items():
         model = peers.load_model(name)

@@ -228,9 +228,8 @@ def test_lists_that_decide_apart(program_of: Callable[[str], Program]) -> None:
         )
         rows = [tuple(not is_open for _ in cached.plan.sites) for is_open in open_steps]
         deciding = replace(cached, plan=replace(cached.plan, predicates=predicates).with_computed(rows))
-        masks: list[tuple[bool, ...]] = []
         conditions = example_conditions(program.contract, 2)
-        expected = run(deciding, conditions, SEEDS[:2], on_inputs=lambda step, mask, _, seen=masks: seen.append(mask))
+        expected = run(deciding, conditions, SEEDS[:2])
         for layout in LAYOUTS:
             found = run_lowered(deciding, lower(deciding, layout), conditions, SEEDS[:2])
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

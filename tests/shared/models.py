@@ -241,7 +241,8 @@ class ConditionedBlock(nn.Module):
 
     def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
         gate, shift = self.modulate(condition).chunk(2, dim=-1)
-        return hidden + gate * self.mix(self.norm(hidden) + shift)
+        mixed: Tensor = hidden + gate * self.mix(self.norm(hidden) + shift)
+        return mixed
 
 
 UNET_CONTRACT = "conditions:\n  class_labels: {dtype: int64, classes: 10, unconditional: 10}\n"

@@ -32,7 +32,8 @@ def by_hand(program: Program, leaders: tuple[int, ...]) -> tuple[np.ndarray, lis
     """Samples where the condition is worked out at these steps alone, and the condition that each step had."""
     network = models.shared_condition()
     assert isinstance(network, models.SharedCondition)
-    sampler, had = program.sampler, []
+    sampler = program.sampler
+    had: list[torch.Tensor] = []
     sample = torch.from_numpy(normal(SEEDS, 0, (6, 4)) * np.float32(program.contract.initial_scale))
     for step in range(program.steps):
         scaled = sample * float(sampler.s[step])

@@ -14,7 +14,7 @@ from dcompile.compiler.calibrate import Calibration
 from dcompile.compiler.execute import run
 from dcompile.compiler.pipeline import Stage, run_passes
 from dcompile.compiler.plan import every
-from dcompile.compiler.program import Program
+from dcompile.compiler.program import Pass, Program
 from dcompile.compiler.store import Store
 from dcompile.compiler.trace import Watched, record, record_beside
 from dcompile.exporters.interpret import run_lowered
@@ -25,7 +25,7 @@ from dcompile.passes.quantize import Quantize
 
 CalibrationOf = Callable[[Program], Calibration]
 MASK = every(3, 24, warmup=3)
-QUANT = {"min_share": 0.0, "max_error": 1.0}
+QUANT: dict[str, Any] = {"min_share": 0.0, "max_error": 1.0}
 
 
 def test_a_line_is_extrapolated_until_its_noise_is_larger_than_its_slope() -> None:
@@ -103,7 +103,10 @@ def test_beside_itself_a_program_has_no_noise(
 
 
 def built(program: Program, folder: Path, quant: dict[str, Any] | None, **options: Any) -> tuple[Program, Stage]:
-    steps = [CacheSteps(method="taylorseer", interval=2, **options), *([Quantize(**quant)] if quant else [])]
+    steps: list[Pass] = [
+        CacheSteps(method="taylorseer", interval=2, **options),
+        *([Quantize(**quant)] if quant else []),
+    ]
     found, stages = run_passes(program, steps, 2, Store(folder))
     return found, stages[0]
 

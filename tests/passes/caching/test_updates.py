@@ -78,7 +78,7 @@ def test_full_trust_changes_nothing_bit_for_bit(dit: Program, calibration_of: Ca
     base = cached(dit, calibration, method="ertacache", threshold=0.5)
     factors = resized(step_lengths(dit.sampler), np.ones(dit.steps))
     assert (factors == 1).all()
-    same = with_lengths(base, factors)
+    same = with_lengths(base, factors.tolist())
     assert torch.equal(same.tables["row"], base.tables["row"])
     assert torch.equal(samples(same, calibration), samples(base, calibration))
 
