@@ -103,7 +103,7 @@ def test_every_pass_has_its_name_and_one_short_name() -> None:
         ("cache:interval=0", "cache_steps: interval is 0, needed 1 or more"),
         ("cache:warmup=0", "cache_steps: warmup is 0, needed 1 or more"),
         ("cache:last=-1", "cache_steps: last is -1, needed 0 or more"),
-        ("cache:predictor=guess", "predictor is 'guess': Input should be 'copy', 'delta', 'taylor1' or 'taylor2'"),
+        ("cache:predictor=guess", "predictor is 'guess': Input should be 'copy', 'delta', 'taylor1', 'taylor2', "),
         ("cache:predictor=delta,site=branch", "predictor 'delta' needs site 'range'"),
         ("quant:max_error=2", "quantize: max_error is 2.0, needed 0 to 1"),
         ("quant:activations=int4", "activations is 'int4': Input should be 'static', 'dynamic' or 'none'"),
