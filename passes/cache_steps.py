@@ -19,7 +19,7 @@ from ..compiler.program import Decision, PassResult, Program, Record
 from ..compiler.regions import find_regions
 from ..compiler.trace import Trace, Watched, record
 from ..runtime.errors import did_you_mean
-from .caching import replay, schedules
+from .caching import replay, schedules, updates
 from .caching.closed_loop import close_loop
 from .caching.decided import fit_polynomial, predicates, vote
 from .caching.edit import route_masks
@@ -33,17 +33,6 @@ from .caching.search import search_masks
 from .caching.segmentation import bubbling_union, leader_first
 from .caching.sites import Candidate, Refused, block_lists, find_sites
 from .caching.training import train_networks
-from .caching.updates import (
-    GAIN,
-    measure_gains,
-    measure_trust,
-    resized,
-    step_lengths,
-    why_not_resized,
-    with_gains,
-    with_lengths,
-    with_prior,
-)
 from .quantize import Quantize
 
 _ORDERS = {"copy": 0, "delta": 0, "history": 0, "taylor1": 1, "taylor2": 2}
@@ -186,7 +175,12 @@ class CacheSteps:
 
     @property
     def looks_ahead(self) -> bool:
-        return bool(self.compensate) or (bool(self.noise_aware) and self._order > 0)
+        return bool(self.compensate) or self._weighs_noise
+
+    @property
+    def _weighs_noise(self) -> bool:
+        """Whether the order may be lowered: not a network's, which has as many states for inputs."""
+        return bool(self.noise_aware) and self.predictor in ("taylor1", "taylor2")
 
     @property
     def _order(self) -> int:
@@ -215,13 +209,13 @@ class CacheSteps:
         masks = step._masks(program, sites, choices)
         if all(map(all, masks.values())):
             return Decision(choices)
-        if quantize and self.looks_ahead:
+        if quantize and self._weighs_noise:
             choices["noise"] = step._noise(program, masks, quantize, calibration)
+        tensors: dict[str, NDArray[np.float32]] = {}
         if self.predictor == "net":
             reused = [site for site, mask in masks.items() if not all(mask)]
             draft = step.apply(program, Decision(choices)).program
-            return Decision(choices, train_networks(draft, reused, calibration, self.runs or 24))
-        tensors: dict[str, NDArray[np.float32]] = {}
+            tensors |= train_networks(draft, reused, calibration, self.runs or 24)
         if self.predictor == "history":
             watched = {self._watched(site): mask for site, mask in masks.items()}
             fits = fit_histories(program, watched, self._states, calibration)
@@ -229,15 +223,17 @@ class CacheSteps:
         if self.correct:
             leaders = {self._watched(site): _left_behind(site, masks) for site in masks}
             tensors |= fit_copies(program, leaders, calibration)
-        if self.resize and sites and why_not_resized(program.sampler) is None:
+        if self.resize and sites and updates.why_not_resized(program.sampler) is None:
             (site,) = sites
-            trust = measure_trust(program, self._watched(site), masks[site], tensors.get(site.name), calibration)
-            choices["lengths"] = resized(step_lengths(program.sampler), trust).tolist()
+            trust = updates.measure_trust(
+                program, self._watched(site), masks[site], tensors.get(site.name), calibration
+            )
+            choices["lengths"] = updates.resized(updates.step_lengths(program.sampler), trust).tolist()
         if self.compensate:
             cached = step.apply(program, Decision(choices, tensors)).program
             if quantize:
                 cached = quantize.apply(cached, quantize.decide(cached, calibration)).program
-            tensors[GAIN] = measure_gains(cached, program, calibration)
+            tensors[updates.GAIN] = updates.measure_gains(cached, program, calibration)
         return Decision(choices, tensors)
 
     @property
@@ -373,17 +369,17 @@ class CacheSteps:
             "computed_steps": [i for i in range(program.steps) if all(plan.mask(i))],
             **({"noise": decision.choices["noise"]} if "noise" in decision.choices else {}),
         }
-        if self.resize and (reason := why_not_resized(program.sampler)):
+        if self.resize and (reason := updates.why_not_resized(program.sampler)):
             refused.append(("lengths of steps", reason))
         cached = replace(program, plan=plan)
         if self.prior:
-            cached = with_prior(cached, self.prior)
+            cached = updates.with_prior(cached, self.prior)
         if "lengths" in decision.choices:
             details["lengths"] = decision.choices["lengths"]
-            cached = with_lengths(cached, decision.choices["lengths"])
-        if GAIN in decision.tensors:
-            details["variance_gains"] = decision.tensors[GAIN][:, 0].tolist()
-            cached = with_gains(cached, decision.tensors[GAIN])
+            cached = updates.with_lengths(cached, decision.choices["lengths"])
+        if updates.GAIN in decision.tensors:
+            details["variance_gains"] = decision.tensors[updates.GAIN][:, 0].tolist()
+            cached = updates.with_gains(cached, decision.tensors[updates.GAIN])
         return PassResult(cached, Record(self.name, changed=len(sites), refused=tuple(refused), details=details))
 
     def _candidates(self, graph: fx.GraphModule, refused: Refused) -> tuple[Candidate, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,16 @@ def test_beside_itself_a_program_has_no_noise(
     noisy = record_beside(program, graph, watched, calibration)
     for each in watched:
         assert 1e-4 < np.abs(noisy.kept[each.name] - exact.kept[each.name]).mean() / exact.norms[each.name].mean() < 0.2
+
+
+def test_a_network_keeps_the_states_that_it_reads(dit: Program, calibration_of: CalibrationOf) -> None:
+    """A quantize pass that follows lowers Taylor's orders, not the order that a network adds to."""
+    calibration = replace(calibration_of(dit), following=(Quantize(**QUANT),))
+    step = CacheSteps(method="disca", states=2, runs=1, interval=2)
+    assert not step.looks_ahead
+    decision = step.decide(dit, calibration)
+    assert "noise" not in decision.choices
+    assert {site.states for site in step.apply(dit, decision).program.plan.sites} == {2}
 
 
 def built(program: Program, folder: Path, quant: dict[str, Any] | None, **options: Any) -> tuple[Program, Stage]:
