@@ -25,7 +25,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Decision:
+class Deciding:
     """decision: float32 [1], to be compared with `below`; never more than `limit_of` the predicate.
 
     computing, reusing: slot -> node of what a step that computes the sites leaves behind, and one that reuses them.
@@ -48,7 +48,7 @@ def limit_of(predicate: Predicate) -> float:
 def decide(
     module: fx.GraphModule, predicate: Predicate, find: Callable[[str], fx.Node], changes: tuple[Change, ...],
     before: fx.Node, new_input: NewInput,
-) -> Decision:  # fmt: skip
+) -> Deciding:  # fmt: skip
     """Add the nodes of a decision before `before`.
 
     find: node by name, as this graph means it. changes: of the predicate's sites, for a history.
@@ -74,7 +74,7 @@ def decide(
         decision = build.call(aten.where.self, over, build.full(decision, limit), decision)
     # Not a clamp: what is not a number must end up large, so that it is computed.
     within = build.call(aten.lt.Scalar, decision, limit)
-    return Decision(build.call(aten.where.self, within, decision, build.full(decision, limit)), computing, reusing)
+    return Deciding(build.call(aten.where.self, within, decision, build.full(decision, limit)), computing, reusing)
 
 
 _Scored = tuple[fx.Node, dict[str, fx.Node], dict[str, fx.Node]]

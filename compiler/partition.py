@@ -31,8 +31,8 @@ def _is_sound(kinds: Iterable[Kinds], heavy: Iterable[Kinds]) -> bool:
 def _gathered(network: Network) -> list[list[Unit]]:
     """Parts as large as they can be: units of the same kinds as early as possible, glue between them with them."""
     classes = _classes(network)
-    before = _before(network, classes)
     decided = _decided(network, classes)
+    before = _before(network, classes, decided)
     heavy = {key for key, group in classes.items() if any(unit.is_heavy for unit in group)}
     waiting = list(classes)
     parts = []
@@ -68,10 +68,11 @@ def _classes(network: Network) -> dict[_Class, list[Unit]]:
     return classes
 
 
-def _before(network: Network, classes: Mapping[_Class, list[Unit]]) -> dict[_Class, set[_Class]]:
+def _before(
+    network: Network, classes: Mapping[_Class, list[Unit]], decided: Mapping[_Class, set[_Class]]
+) -> dict[_Class, set[_Class]]:
     """Per class, those that must run before it. The step's results come after everything: they end the step."""
     class_of = {unit: key for key, group in classes.items() for unit in group}
-    decided = _decided(network, classes)
     before = {
         key: {class_of[network.unit_of[node]] for unit in group for node in network.meant(unit)} - {key} | decided[key]
         for key, group in classes.items()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
@@ -169,16 +169,6 @@ class Plan:
     def masks(self) -> tuple[Mask, ...]:
         """The distinct rows that may occur, in order of first use: one graph variant each."""
         return tuple(dict.fromkeys(mask for step in range(self.steps) for mask in self.possible(step)))
-
-    def with_computed(self, computed: Sequence[Mask]) -> Plan:
-        """The same, with other rows: [steps] masks over the sites. What was open stays open."""
-        columns = zip(*computed, strict=True)
-        sites = tuple(replace(site, computed=column) for site, column in zip(self.sites, columns, strict=True))
-        return replace(self, sites=sites)
-
-    def frozen(self) -> Plan:
-        """Nothing decided at run time: what is to be expected holds."""
-        return replace(self, predicates=())
 
 
 def every(interval: int, steps: int, warmup: int = 0, last: int = 0) -> Mask:

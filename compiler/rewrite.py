@@ -65,6 +65,16 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
     return tuple(value.shape) if value is not None else ()
 
 
+def channel_axis(rank: int) -> int:
+    """Of a value of that rank: the second dimension where it has four or more, else the last."""
+    return 1 if rank >= 4 else rank - 1
+
+
+def by_channel(rank: int) -> list[int]:
+    """The shape in which one number a channel is broadcast over a value of that rank."""
+    return [-1] + [1] * (rank - 1 - channel_axis(rank))
+
+
 def hint(size: Any) -> int:
     """A size as an integer: the value at the example batch where it is symbolic."""
     return int(size if isinstance(size, int) else size.node.hint)

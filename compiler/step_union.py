@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from . import rewrite
-from .decisions import Decision, decision_slot
+from .decisions import Deciding, decision_slot
 from .plan import Mask, Plan, Predicate
 from .program import Program
 from .rewrite import aten
@@ -138,7 +138,7 @@ def unite(program: Program) -> StepUnion:
 
 
 def _remembered(
-    module: fx.GraphModule, decision: Decision, computing: Kinds, reusing: Kinds
+    module: fx.GraphModule, decision: Deciding, computing: Kinds, reusing: Kinds
 ) -> list[tuple[str, fx.Node, Kinds]]:
     """Outputs for what a decision leaves behind.
 

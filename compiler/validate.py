@@ -84,7 +84,7 @@ def _check_shapes(site: Site, nodes: Mapping[str, fx.Node]) -> None:
                 "take a base of the same shape, or none"
             )
     if site.correction is not None:
-        needed = [len(site.computed), 2, shape[1] if len(shape) >= 4 else shape[-1]]
+        needed = [len(site.computed), 2, shape[rewrite.channel_axis(len(shape))]]
         if list(site.correction.shape) != needed:
             raise PassError(
                 f"cache site {site.name!r}: correction has shape {list(site.correction.shape)}, needed {needed}"

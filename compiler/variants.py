@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from . import rewrite
-from .decisions import Change, Decision, decide, decision_slot
+from .decisions import Change, Deciding, decide, decision_slot
 from .plan import Mask, Plan, Predicate, Site
 from .program import Program
 from .rewrite import aten
@@ -72,7 +72,7 @@ _Slots = list[tuple[str, fx.Node]]
 
 def _specialised(
     program: Program, mask: Mask
-) -> tuple[fx.GraphModule, dict[str, tuple[str, str]], _Slots, list[Decision]]:
+) -> tuple[fx.GraphModule, dict[str, tuple[str, str]], _Slots, list[Deciding]]:
     """(graph with what is reused in place, its inputs, states of the computed sites, decisions)."""
     module = rewrite.clone(program.graph)
     inputs = graph_inputs(program, module)
@@ -120,7 +120,7 @@ def _returning(module: fx.GraphModule, inputs: dict[str, tuple[str, str]], writt
 def decision_nodes(
     plan: Plan, module: fx.GraphModule, predicate: Predicate, find: Callable[[str], fx.Node],
     states: Mapping[str, fx.Node], inputs: dict[str, tuple[str, str]],
-) -> Decision:  # fmt: skip
+) -> Deciding:  # fmt: skip
     """A predicate's nodes at the graph's end. states: slot -> the new state of a site that is computed."""
 
     def new_input(name: str, slot: str, example: fx.Node) -> fx.Node:
@@ -205,8 +205,7 @@ def _corrected(
     module: fx.GraphModule, site: Site, value: fx.Node, total: fx.Node, inputs: dict[str, tuple[str, str]]
 ) -> fx.Node:
     rows = _table_input(module, site, "correction", inputs)
-    rank = len(rewrite.shape_of(value))
-    shape = [-1] + [1] * (rank - 2) if rank >= 4 else [-1]
+    shape = rewrite.by_channel(len(rewrite.shape_of(value)))
     slope, offset = (
         rewrite.call(
             module, value, aten.reshape.default, rewrite.call(module, value, aten.select.int, rows, 0, row), shape

@@ -132,7 +132,7 @@ def bundle_tree(path: Path, check: bool) -> Tree:
     engines = tree.add("engines" if decides else f"engines ({calls} calls a sample)")
     for name, engine in manifest.engines.items():
         size = human(manifest.files[engine.file].bytes, "bytes")
-        count = sum(row == Call(name, row.row) for row in manifest.script if isinstance(row, Call))
+        count = sum(isinstance(row, Call) and row.call == name for row in manifest.script)
         most = "up to " if decides else ""
         engines.add(f"{name}  {most}{count} calls  [dim]{engine.file}, {size}[/dim]")
     script = tree.add(f"script ({manifest.contract.steps} steps{', some decide what they run' if decides else ''})")

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...compiler import rewrite
 from ...compiler.calibrate import Calibration
 from ...compiler.plan import Mask
 from ...compiler.program import Program
@@ -70,6 +71,6 @@ def fit_copies(
 
 def by_channel(value: Tensor) -> Floats:
     """[n, channels] of a value whose channels are its second dimension where it has four or more, else its last."""
-    moved = value.movedim(1, -1) if value.dim() >= 4 else value
+    moved = value.movedim(rewrite.channel_axis(value.dim()), -1)
     result: Floats = moved.reshape(-1, moved.shape[-1]).to(torch.float64).numpy()
     return result

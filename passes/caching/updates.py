@@ -91,8 +91,7 @@ def measure_trust(
 
 
 def _corrected(value: Tensor, rows: NDArray[np.float32]) -> Tensor:
-    shape = [-1] + [1] * (value.dim() - 2) if value.dim() >= 4 else [-1]
-    slope, offset = (torch.from_numpy(row).reshape(shape) for row in rows)
+    slope, offset = (torch.from_numpy(row).reshape(rewrite.by_channel(value.dim())) for row in rows)
     return value * slope + offset
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from dcompile.compiler.calibrate import example_conditions
 from dcompile.compiler.decisions import decide, limit_of
 from dcompile.compiler.errors import PassError
 from dcompile.compiler.execute import run, zero_state
-from dcompile.compiler.plan import Predicate, Site, taylor
+from dcompile.compiler.plan import Plan, Predicate, Site, taylor
 from dcompile.compiler.program import Decision, Program
 from dcompile.compiler.validate import validate
 from dcompile.compiler.variants import build_probe
@@ -40,8 +40,12 @@ def with_decision(program: Program, rule: Any, below: float, **options: Any) -> 
     watched = {} if rule == "history" else {"indicator": plan.sites[0].base, "base": None}
     open_steps = tuple(first <= step < program.steps - 1 for step in range(program.steps))
     predicate = Predicate("middle", names, rule, below, open_steps, **{**watched, **options})
-    rows = [tuple(is_open is False for _ in names) for is_open in open_steps]
-    return replace(cached, plan=replace(plan, predicates=(predicate,)).with_computed(rows))
+    return replace(cached, plan=replace(with_rows(plan, [not each for each in open_steps]), predicates=(predicate,)))
+
+
+def with_rows(plan: Plan, computed: Sequence[bool]) -> Plan:
+    """All sites computed at these steps."""
+    return replace(plan, sites=tuple(replace(site, computed=tuple(computed)) for site in plan.sites))
 
 
 def ran(program: Program, seeds: list[int] = SEEDS) -> tuple[Tensor, list[bool]]:
@@ -150,7 +154,7 @@ def test_a_history_goes_by_what_the_sites_did(dit: Program) -> None:
     program = with_decision(dit, "history", 1.3)
     site = program.plan.sites[0]
     _, computed = ran(program)
-    full = replace(program, plan=replace(program.plan, predicates=()).with_computed([(True,)] * 6))
+    full = replace(program, plan=replace(with_rows(program.plan, [True] * 6), predicates=()))
     assert False in computed
     deltas = watch(full, site.value, site.base)  # up to the first reuse the two runs are one
     first = computed.index(False)
@@ -226,8 +230,8 @@ def test_lists_that_decide_apart(program_of: Callable[[str], Program]) -> None:
             )
             for number, (name, sites) in enumerate(lists.items())
         )
-        rows = [tuple(not is_open for _ in cached.plan.sites) for is_open in open_steps]
-        deciding = replace(cached, plan=replace(cached.plan, predicates=predicates).with_computed(rows))
+        plan = with_rows(cached.plan, [not each for each in open_steps])
+        deciding = replace(cached, plan=replace(plan, predicates=predicates))
         conditions = example_conditions(program.contract, 2)
         expected = run(deciding, conditions, SEEDS[:2])
         for layout in LAYOUTS:
