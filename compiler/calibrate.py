@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..runtime.manifest import Contract
 from ..runtime.random import normal
@@ -91,18 +91,30 @@ def calibrate(program: Program, count: int, progress: Progress = no_progress) ->
     return Calibration(conditions, seeds, teacher, progress)
 
 
+def inputs_for(program: Program, graph: fx.GraphModule, batch: int) -> Callable[[list[Tensor]], list[Tensor]]:
+    """Of what a step of a program without cache sites reads, the inputs of a graph that has them by the same names.
+
+    Zeros for those that the step does not read.
+    """
+    read = build_variant(program, ()).inputs
+    nodes = placeholders(graph)
+
+    def arranged(inputs: list[Tensor]) -> list[Tensor]:
+        given = dict(zip(read, inputs, strict=True))
+        return [given[name] if name in given else zero_state(node, batch) for name, node in nodes.items()]
+
+    return arranged
+
+
 def snapshots(program: Program, calibration: Calibration, count: int) -> list[tuple[int, list[Tensor]]]:
     """(step, inputs of the step graph) at `count` steps spread over the trajectory of a program without cache sites."""
     steps = sorted({round(i) for i in np.linspace(0, program.steps - 1, count)})
     kept: list[tuple[int, list[Tensor]]] = []
-    read = build_variant(program, ()).inputs
-    nodes = placeholders(program.graph)
+    given = inputs_for(program, program.graph, len(calibration.seeds))
 
     def keep(step: int, mask: object, inputs: list[Tensor]) -> None:
         if step in steps:
-            given = dict(zip(read, inputs, strict=True))
-            batch = len(calibration.seeds)
-            kept.append((step, [given[n] if n in given else zero_state(node, batch) for n, node in nodes.items()]))
+            kept.append((step, given(inputs)))
 
     run(program, calibration.conditions, calibration.seeds, on_inputs=keep)
     return kept

@@ -49,6 +49,12 @@ def initial_slots(program: Program, conditions: Mapping[str, NDArray[Any]], seed
     return slots
 
 
+def refill(program: Program, slots: dict[str, Tensor], seeds: Sequence[int], step: int) -> None:
+    """Put the step's fresh noise into its slot, where the sampler draws any."""
+    if program.contract.stochastic:
+        slots["noise"] = torch.from_numpy(normal(seeds, step + 1, tuple(program.contract.sample.shape)))
+
+
 @torch.no_grad()
 def run(
     program: Program,
@@ -72,8 +78,7 @@ def run(
     slots = initial_slots(program, conditions, seeds)
     watched = frozenset(taps)
     for step in range(program.steps):
-        if program.contract.stochastic:
-            slots["noise"] = torch.from_numpy(normal(seeds, step + 1, tuple(program.contract.sample.shape)))
+        refill(program, slots, seeds, step)
         mask = probes.mask(step, slots, tables, len(seeds))
         variant = variants[mask]
         values = variant_inputs(variant, slots, tables, step, len(seeds))

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from . import rewrite
-from .calibrate import Calibration
-from .execute import run, zero_state
+from .calibrate import Calibration, inputs_for
+from .execute import run
 from .program import Program
 from .rewrite import aten
-from .variants import build_variant
 
 KEPT = 4096  # elements of a value that are kept of each sample
 Distance = Literal["l1", "mse", "cosine"]
@@ -73,12 +72,10 @@ def record_beside(
 ) -> Trace:
     """What another graph with nodes of the same names has for the same inputs, along the program's own trajectory."""
     recorder, module = _Recorder(watched), _shown(other, watched)
-    nodes, read = rewrite.placeholders(module), build_variant(program, ()).inputs
+    given = inputs_for(program, module, len(calibration.seeds))
 
     def look(step: int, mask: object, inputs: list[Tensor]) -> None:
-        given, batch = dict(zip(read, inputs, strict=True)), len(calibration.seeds)
-        values = module(*[given[name] if name in given else zero_state(node, batch) for name, node in nodes.items()])
-        for each, value in zip(watched, values, strict=True):
+        for each, value in zip(watched, module(*given(inputs)), strict=True):
             recorder.take(step, each, value)
 
     run(

@@ -10,10 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..compiler.execute import initial_slots
+from ..compiler.execute import initial_slots, refill
 from ..compiler.program import Program
 from ..runtime.manifest import Call
-from ..runtime.random import normal
 from .lower import Lowered
 
 # (row of the script, engine, its inputs in order, its outputs in order)
@@ -29,7 +28,6 @@ def run_lowered(
 
     on_call is called after each call of an engine.
     """
-    contract = program.contract
     slots = initial_slots(program, conditions, seeds)
     for slot, spec in lowered.states.items():
         slots[slot] = torch.zeros(spec.at(len(seeds)), dtype=getattr(torch, spec.dtype))
@@ -41,8 +39,8 @@ def run_lowered(
             below = np.float32(slots[row.slot].item()) < np.float32(row.below)
             position = row.jump if below else position + 1
             continue
-        if contract.stochastic and begun != steps:
-            slots["noise"] = torch.from_numpy(normal(seeds, steps + 1, tuple(contract.sample.shape)))
+        if begun != steps:
+            refill(program, slots, seeds, steps)
             begun = steps
         engine = lowered.engines[row.call]
         inputs = [

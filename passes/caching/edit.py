@@ -13,17 +13,16 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from ...compiler import rewrite
-from ...compiler.calibrate import Calibration, example_conditions
+from ...compiler.calibrate import Calibration
 from ...compiler.errors import PassError
-from ...compiler.execute import initial_slots
+from ...compiler.execute import initial_slots, refill
 from ...compiler.program import Program
-from ...runtime.random import normal
-from .mixing import mixed, step_values
+from .mixing import Batches, mixed, step_values
 from .rollout import Masks
 from .sites import Candidate
 
 HIDDEN, OPEN, USES = 128, 0.7, 10  # width of a router; what it says untrained; uses of what a step left, at most
-RATE, BATCH, BATCHES = 3e-3, 4, 16  # of AdamW; samples of a run; runs until conditions come again
+RATE = 3e-3  # of AdamW
 
 
 class Router(nn.Module):
@@ -63,14 +62,13 @@ def route_masks(
         return {unit: list(range(program.steps)) for unit in units}
     learner = Routed(program, sites, free)
     optimiser = torch.optim.AdamW(learner.routers.parameters(), lr=RATE)
-    conditions = example_conditions(program.contract, BATCH * BATCHES)
+    batches = Batches(program.contract, 3_000_000)
     for run in range(runs):
-        part = slice(run % BATCHES * BATCH, (run % BATCHES + 1) * BATCH)
-        seeds = [3_000_000 + run * BATCH + i for i in range(BATCH)]
         loss = 0.0
-        for error, opened in learner.steps({name: each[part] for name, each in conditions.items()}, seeds, teach=True):
+        for error, opened in learner.steps(*batches.of(run), teach=True):
             optimiser.zero_grad()
-            (error + (opened.mean() - target).square()).backward()
+            loss_of_step = error + (opened.mean() - target).square()
+            loss_of_step.backward(inputs=list(learner.routers.parameters()))  # the program's weights get no slopes
             optimiser.step()
             loss += float(error.detach()) / free.sum()
         calibration.progress((run + 1) / (runs + 1), f"training routers, loss {loss:.4f}")
@@ -115,8 +113,7 @@ class Routed:
         slots = initial_slots(self.program, conditions, seeds)
         states: list[Tensor] = [torch.zeros(()) for _ in self.sites]
         for step in range(self.program.steps):
-            if self.program.contract.stochastic:
-                slots["noise"] = torch.from_numpy(normal(seeds, step + 1, tuple(self.program.contract.sample.shape)))
+            refill(self.program, slots, seeds, step)
             values = step_values(self.program, step, slots)
             forced = torch.full((len(self.units), 1), 0.0 if self.free[step] else 1.0)
             with torch.set_grad_enabled(teach and bool(self.free[step])):
@@ -148,7 +145,7 @@ def routed(
     shapes = [rewrite.shape_of(rewrite.node_named(graph, bases[unit][0])) for unit in units]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        routers = nn.ModuleList(Router(int(shape[1] if len(shape) >= 4 else shape[-1])) for shape in shapes)
+        routers = nn.ModuleList(Router(int(shape[rewrite.channel_axis(len(shape))])) for shape in shapes)
     said: dict[str, fx.Node] = {}
     gates: dict[str, fx.Node] = {}
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from ...compiler import rewrite
-from ...compiler.execute import zero_state
+from ...compiler.calibrate import example_conditions
+from ...compiler.execute import variant_inputs
 from ...compiler.program import Program
 from ...compiler.rewrite import aten
+from ...compiler.variants import Variant, graph_inputs
+from ...runtime.manifest import Contract
 from .sites import Candidate
+
+BATCH, BATCHES = 4, 16  # samples of a run; runs until conditions come again
 
 # (module, number of the site, its value, its base) -> a node before the value: the gate
 Gate = Callable[[fx.GraphModule, int, fx.Node, fx.Node | None], fx.Node]
@@ -64,10 +71,21 @@ def _like(module: fx.GraphModule, before: fx.Node, example: Tensor, target: obje
     return node
 
 
+class Batches:
+    """Requests to train on, a batch of them for each run: noise is new in each, conditions come again."""
+
+    def __init__(self, contract: Contract, first_seed: int) -> None:
+        self._conditions = example_conditions(contract, BATCH * BATCHES)
+        self._first_seed = first_seed
+
+    def of(self, run: int) -> tuple[dict[str, NDArray[Any]], list[int]]:
+        """(conditions, seeds) of one run."""
+        part = slice(run % BATCHES * BATCH, (run % BATCHES + 1) * BATCH)
+        seeds = [self._first_seed + run * BATCH + i for i in range(BATCH)]
+        return {name: values[part] for name, values in self._conditions.items()}, seeds
+
+
 def step_values(program: Program, step: int, slots: Mapping[str, Tensor]) -> list[Tensor]:
     """The inputs of the step graph."""
-    tables, batch = program.tables, len(slots["sample"])
-    return [
-        tables[name][step] if name in tables else slots[name] if name in slots else zero_state(node, batch)
-        for name, node in rewrite.placeholders(program.graph).items()
-    ]
+    whole = Variant(program.graph, graph_inputs(program, program.graph), ())
+    return variant_inputs(whole, slots, program.tables, step, len(slots["sample"]))

@@ -12,11 +12,10 @@ from torch import Tensor, fx
 
 from ...compiler import rewrite
 from ...compiler.calibrate import Calibration
-from ...compiler.execute import initial_slots, zero_state
+from ...compiler.execute import initial_slots, refill, zero_state
 from ...compiler.flops import node_flops
 from ...compiler.plan import Mask
 from ...compiler.program import Program
-from ...runtime.random import normal
 from .sites import Candidate
 
 Masks = NDArray[np.bool_]  # [T, units], or [T, sites]: True where a step computes it
@@ -54,8 +53,7 @@ class Rollout:
         slots = initial_slots(self.program, conditions, seeds)
         states: list[Any] = [None] * len(self._bases)
         for step, row in enumerate(masks.tolist()):
-            if self.program.contract.stochastic:
-                slots["noise"] = torch.from_numpy(normal(seeds, step + 1, tuple(self.program.contract.sample.shape)))
+            refill(self.program, slots, seeds, step)
             results = self._step(step, tuple(row), slots, states)
             slots.update(zip(("sample", "history"), results, strict=False))
         return slots["sample"]

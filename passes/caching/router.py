@@ -13,16 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...compiler.calibrate import Calibration, example_conditions
-from ...compiler.execute import initial_slots
+from ...compiler.calibrate import Calibration
+from ...compiler.execute import initial_slots, refill
 from ...compiler.program import Program
-from ...runtime.random import normal
-from .mixing import mixed, step_values
+from .mixing import Batches, mixed, step_values
 from .rollout import Judge, Masks, Rollout
 from .schedules import intervals_within
 from .sites import Candidate
 
-BATCH, BATCHES = 4, 16  # samples of a run; runs until conditions come again
 MEMORY, TRIES, PATIENCE = 0.7, 12, 2  # of slopes from run to run; exchanges a run; runs without one until gates part
 
 
@@ -128,13 +126,11 @@ class Slopes:
         units = list(dict.fromkeys(site.unit for site in sites))
         self.unit_of = [units.index(site.unit) for site in sites]
         self.module = mixed(program.graph, sites)
-        self.conditions = example_conditions(program.contract, BATCH * BATCHES)
+        self.batches = Batches(program.contract, 2_000_000)
 
     def of(self, masks: Masks, run: int) -> Tensor:
         """[T, units] d log(squared error) / d gate at these masks, on a batch of the run's own; mean over samples."""
-        seeds = [2_000_000 + run * BATCH + i for i in range(BATCH)]
-        part = slice(run % BATCHES * BATCH, (run % BATCHES + 1) * BATCH)
-        conditions = {name: values[part] for name, values in self.conditions.items()}
+        conditions, seeds = self.batches.of(run)
         gates = torch.from_numpy(masks).float().requires_grad_()
         with torch.no_grad():
             teacher = self.image(torch.ones_like(gates), conditions, seeds)
@@ -150,8 +146,7 @@ class Slopes:
         slots = initial_slots(self.program, conditions, seeds)
         states: Sequence[Tensor] = [torch.zeros(()) for _ in self.sites]
         for step in range(self.program.steps):
-            if self.program.contract.stochastic:
-                slots["noise"] = torch.from_numpy(normal(seeds, step + 1, tuple(self.program.contract.sample.shape)))
+            refill(self.program, slots, seeds, step)
             of_sites = gates[step] if step else torch.ones_like(gates[step])
             results = checkpoint(
                 self.module,

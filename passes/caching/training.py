@@ -14,11 +14,10 @@ from torch import Tensor
 
 from ...compiler import rewrite
 from ...compiler.calibrate import Calibration, example_conditions
-from ...compiler.execute import initial_slots, run, variant_inputs
+from ...compiler.execute import initial_slots, refill, run, variant_inputs
 from ...compiler.plan import Mask, Plan
 from ...compiler.program import Program
 from ...compiler.variants import build_variant, cache_tables, state_slots
-from ...runtime.random import normal
 from .nets import PATH, Form, to_tokens
 from .sites import Candidate
 
@@ -161,9 +160,7 @@ class _Trainer:
         return sum(tensors.values())
 
     def _step(self, mask: Mask, step: int, slots: dict[str, Tensor], seeds: Sequence[int]) -> dict[str, Tensor]:
-        if self.program.contract.stochastic:
-            shape = tuple(self.program.contract.sample.shape)
-            slots["noise"] = torch.from_numpy(normal(seeds, step + 1, shape))
+        refill(self.program, slots, seeds, step)
         variant = self.variants[mask]
         results = variant.graph(*variant_inputs(variant, slots, self.tables, step, len(seeds)))
         return dict(zip(variant.outputs, results, strict=True))
@@ -179,8 +176,8 @@ class _Trainer:
             drift = drift + slots["sample"] - stretch.target
             loss = loss + drift.square().mean()
         loss = loss / (len(trajectory.stretches) * trajectory.way)
-        for weight, slope in zip(self.learned, torch.autograd.grad(loss, self.learned), strict=True):
-            weight.grad = slope
+        self.optimiser.zero_grad()
+        loss.backward(inputs=self.learned)  # the program's weights get no slopes
         torch.nn.utils.clip_grad_norm_(self.learned, 1.0)
         for group in self.optimiser.param_groups:
             group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * done))

@@ -283,15 +283,13 @@ def test_the_loss_is_of_errors_that_add_up(dit: Program, calibration_of: Calibra
 def test_a_step_of_training_follows_the_slope_and_leaves_the_model(dit: Program, calibration_of: CalibrationOf) -> None:
     trainer = trainer_of(dit, calibration_of(dit))
     trainer.record(0, own=False)
-    weights = rewrite.weights(trainer.program.graph)
-    before = {name: value.clone() for name, value in weights.items()}
-    slopes = {name: value.grad for name, value in weights.items()}
+    before = {name: value.clone() for name, value in rewrite.weights(trainer.program.graph).items()}
     trainer.learn(0.0)
     first = trainer.loss
     for name, value in rewrite.weights(trainer.program.graph).items():
         learns = name.startswith(nets.PATH) and name.rpartition(".")[2] not in ("mean", "inverse_std", "scale")
         assert torch.equal(value, before[name]) != learns
-        assert learns or value.grad is slopes[name]
+        assert learns or value.grad is None
     for _ in range(20):
         trainer.loss = float("nan")
         trainer.learn(0.0)
