@@ -39,6 +39,7 @@ BUDGETS: dict[str, tuple[str, ...]] = {
     "dbcache": tuple(f"front=2,warmup=3,threshold={threshold},last=1" for threshold in (0.08, 0.12, 0.2)),
     "tdc": ("threshold=0.15", "threshold=0.2", "threshold=0.4"),
     "learning_to_cache": ("share=0.75", "share=0.65", "share=0.55"),
+    "edit": ("share=0.8", "share=0.7", "share=0.6"),
 }
 INTERVALS = ("interval=2", "interval=3", "interval=5")
 U_NETS_ONLY = ("deepcache", "deepcache_nonuniform", "faster_diffusion", "cachequant")

@@ -140,17 +140,19 @@ METHODS: Mapping[str, Method] = {
         "DisCa",
         "2602.05449",
         "the last block's output by a small transformer block that reads the cache and what the blocks would read",
-        "the module in PyTorch, with random weights; a network of zeros is the copy",
-        {"site": "range", "predictor": "net", "warmup": 2, "runs": 24},
-        reconstructed="added to the copy, trained on the samples it leads to, without the adversarial stage",
+        "the module in PyTorch, with random weights; a network of zeros is what it refines",
+        {"site": "range", "predictor": "net", "states": 2, "warmup": 2, "runs": 24},
+        reconstructed="added to what two cached steps extrapolate to (states=1: to the copy), trained on the samples "
+        "it leads to, without the adversarial stage",
     ),
     "flowturbo": Method(
         "FlowTurbo's refiner",
         "2409.18128",
         "what the network predicts, refined by a small transformer of it, the sample and the time",
-        "the module in PyTorch, with random weights; a network of zeros is the copy",
-        {"site": "output", "predictor": "net", "warmup": 2, "runs": 24},
-        reconstructed="with the sampler that is asked for, in place of its own of Heun and pseudo-corrector steps",
+        "the module in PyTorch, with random weights; a network of zeros is what it refines",
+        {"site": "output", "predictor": "net", "states": 2, "warmup": 2, "runs": 24},
+        reconstructed="with two cached steps for one; with the sampler that is asked for, in place of its own of Heun "
+        "and pseudo-corrector steps",
     ),
     "learning_to_cache": Method(
         "Learning-to-Cache",

@@ -83,7 +83,8 @@ def search(
         masks = np.concatenate([np.ones((1, shape[1]), bool), bits])
         found = tried.get(masks.tobytes()) or try_out(judge, masks)
         tried[masks.tobytes()] = found
-        trial.set_constraint("near", max(found.cost - share, least - found.cost))
+        over = max(found.cost - share, least - found.cost)
+        trial.set_constraint("near", over - 1e-9)  # a mask exactly at its share is not to fail by rounding
         study.tell(trial, [found.cost, found.error])
         best = min((each.error for each in tried.values() if each.cost <= share + 1e-9), default=float("nan"))
         calibration.progress((number + 1) / trials, f"searching masks, error {best:.4f} at share {share:.2f}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ KINDS = [("dit", "disca"), ("dit", "flowturbo"), ("unet", "flowturbo"), ("tokens
 
 
 def step_of(method: str, **options: Any) -> CacheSteps:
-    return CacheSteps(**{"method": method, "interval": 3, "warmup": 1, "runs": 2, **options})
+    return CacheSteps(**{"method": method, "interval": 3, "warmup": 1, "runs": 2, "states": 1, **options})
 
 
 def samples(program: Program, calibration: Calibration) -> Tensor:
@@ -135,16 +135,20 @@ def _network_inputs(program: Program, site: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("network", "method"), KINDS)
+@pytest.mark.parametrize(("states", "predictor"), [(1, "copy"), (2, "taylor1")])
 def test_untrained_it_is_what_it_starts_from(
-    network: str, method: str, request: pytest.FixtureRequest, calibration_of: CalibrationOf
-) -> None:
+    network: str, method: str, states: int, predictor: Literal["copy", "taylor1"], request: pytest.FixtureRequest,
+    calibration_of: CalibrationOf,
+) -> None:  # fmt: skip
     program: Program = request.getfixturevalue(network)
-    calibration, step = calibration_of(program), step_of(method)
+    calibration, step = calibration_of(program), step_of(method, states=states)
     assert step.site is not None
-    copied = CacheSteps(site=step.site, predictor="copy", interval=3, warmup=1, front=0)
-    expected = samples(copied.apply(program, Decision()).program, calibration)
+    start = CacheSteps(method="fora", schedule="interval", site=step.site, predictor=predictor, interval=3)
+    started = start.apply(program, Decision()).program
+    of_values = tuple(replace(site, base=None) for site in started.plan.sites)
+    expected = samples(replace(started, plan=replace(started.plan, sites=of_values)), calibration)
     assert torch.equal(samples(step.apply(program, Decision()).program, calibration), expected)
-    assert not torch.allclose(samples(with_networks(program, method), calibration), expected, atol=1e-3)
+    assert not torch.allclose(samples(with_networks(program, method, states=states), calibration), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize(("network", "method"), KINDS)
