@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from typing import Literal
 
 import numpy as np
@@ -99,12 +99,14 @@ class Predicate:
 class Plan:
     """Sites in graph order, and in the order of their sites what decides about some of them at run time.
 
-    Without sites every step runs the whole graph.
+    Without sites every step runs the whole graph. span: most reusing steps in a row whose network runs as one batch,
+    ahead of them; above 1 only where it reads nothing that changes from one to the next. The samples are the same.
     """
 
     steps: int
     sites: tuple[Site, ...] = ()
     predicates: tuple[Predicate, ...] = ()
+    span: int = 1
 
     def __post_init__(self) -> None:
         for site in self.sites:
@@ -164,6 +166,16 @@ class Plan:
         return tuple(
             computed and reused.isdisjoint(site.overlaps) for site, computed in zip(self.sites, mask, strict=True)
         )
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """(first step, count) of two or more steps that run as one batch: alike, in a row, none decided at run time."""
+        found: list[tuple[int, int]] = []
+        for mask, steps in groupby(range(self.steps), lambda i: None if self.open(i) else self.mask(i)):
+            own = list(steps)
+            if mask is not None and not any(mask):
+                found += [(own[at], len(own[at : at + self.span])) for at in range(0, len(own), self.span)]
+        return tuple((first, count) for first, count in found if count > 1)
 
     @property
     def masks(self) -> tuple[Mask, ...]:

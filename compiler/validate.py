@@ -10,6 +10,7 @@ from . import rewrite
 from .errors import PassError
 from .plan import Mask, Plan, Site
 from .program import Program
+from .spans import check_span
 
 
 def validate(program: Program) -> None:
@@ -18,7 +19,7 @@ def validate(program: Program) -> None:
     (1) Tables have a row for each step of the sampler. (2) Sites have names and values of their own; value and base are
     nodes of one shape, and a base that is another site's value comes after that site. (3) What a step reuses, an
     earlier one has left behind. (4) A site that a step is to compute is not inside what the step reuses. (5) What a
-    step decides by comes before the sites that it decides about.
+    step decides by comes before the sites that it decides about. (6) Steps that run as one batch read no sample.
     """
     _check_tables(program)
     nodes = {node.name: node for node in program.graph.graph.nodes}
@@ -26,6 +27,8 @@ def validate(program: Program) -> None:
     _check_reuse(program.plan)
     _check_nesting(program, nodes)
     _check_predicates(program.plan, nodes)
+    if program.plan.span > 1 and program.plan.sites:
+        check_span(program, (False,) * len(program.plan.sites))
 
 
 def _check_tables(program: Program) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,14 +57,14 @@ def build_variant(program: Program, mask: Mask) -> Variant:
     for predicate, decision in zip(program.plan.predicates, decisions, strict=True):
         kept = decision.computing if program.plan.computes(mask, predicate) else decision.reusing
         written += kept.items()
-    return _returning(module, inputs, written)
+    return returning(module, inputs, written)
 
 
 def build_probe(program: Program, mask: Mask, predicate: Predicate) -> Variant:
     """The part of a step with this mask that decides about a predicate's sites."""
     module, inputs, _, decisions = _specialised(program, mask)
     decision = decisions[program.plan.predicates.index(predicate)].decision
-    return _returning(module, inputs, [(decision_slot(predicate), decision)])
+    return returning(module, inputs, [(decision_slot(predicate), decision)])
 
 
 _Slots = list[tuple[str, fx.Node]]
@@ -106,7 +106,10 @@ def _specialised(
     return module, inputs, states, decisions
 
 
-def _returning(module: fx.GraphModule, inputs: dict[str, tuple[str, str]], written: _Slots) -> Variant:
+def returning(
+    module: fx.GraphModule, inputs: dict[str, tuple[str, str]], written: Sequence[tuple[str, fx.Node]]
+) -> Variant:
+    """The graph as far as these (slot, node) need it."""
     rewrite.output_node(module).args = (tuple(node for _, node in written),)
     rewrite.drop_dead(module)
     for name, node in rewrite.placeholders(module).items():

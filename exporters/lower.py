@@ -14,6 +14,7 @@ from ..compiler.execute import batch_factor
 from ..compiler.plan import Mask, Plan
 from ..compiler.program import Program
 from ..compiler.segments import build_segments
+from ..compiler.spans import build_span, span_tables
 from ..compiler.variants import Variant, build_probe, build_variant, cache_tables
 from ..runtime.manifest import Call, Dim, Jump, StateSpec
 from .branching import step_rows
@@ -50,6 +51,7 @@ class Choice:
 def lower(program: Program, layout: Layout = "variants") -> Lowered:
     """Variants: engines are called "full" (every site computed), "reuse" (none), and "mixed1", ... for the rest.
 
+    Where steps run as one batch, "ahead2", "ahead3", ... do so, and "update2", ... are what is left of each.
     Segments: "head", "finish", and between them the sites' names; a step calls several.
     """
     engines, paths = _variants(program) if layout == "variants" else _segments(program)
@@ -60,6 +62,8 @@ def lower(program: Program, layout: Layout = "variants") -> Lowered:
         calls += len(wanted[program.plan.mask(step)])
         script += step_rows(program.plan, engines, wanted, step, len(script))
     tables = {**program.tables, **cache_tables(program)}
+    if layout == "variants":
+        tables |= span_tables(tables, program.plan.spans)
     read = {source for engine in engines.values() for kind, source in engine.inputs.values() if kind == "table"}
     states = {slot: spec for engine in engines.values() for slot, spec in _states(engine).items()}
     kept = {name: table for name, table in tables.items() if name in read}
@@ -72,7 +76,7 @@ def choose_layout(program: Program, shares_weights: bool, layout: str = "auto") 
     figures: dict[str, Any] = {name: _figures(lower(program, name), shares_weights) for name in names}
     count = len(program.plan.masks)
     few = shares_weights and count <= MOST_VARIANTS and not program.plan.predicates
-    wins: Layout = "variants" if count == 1 or few else "segments"
+    wins: Layout = "variants" if count == 1 or few or program.plan.spans else "segments"
     chosen = next((name for name in names if name == layout), wins)
     if count == 1:
         return Choice(chosen, "one engine, because every step computes the same", figures)
@@ -84,6 +88,8 @@ def choose_layout(program: Program, shares_weights: bool, layout: str = "auto") 
 
 def _why(plan: Plan, shares_weights: bool) -> str:
     kinds = len(plan.masks)
+    if plan.spans:
+        return "because steps run as one batch"
     if not shares_weights:
         return "because engines of this target each store their own weights"
     if plan.predicates:
@@ -117,9 +123,18 @@ Paths = Callable[[int, Mask], tuple[str, ...]]  # (step, mask) -> the engines th
 def _variants(program: Program) -> tuple[Engines, Paths]:
     plan = program.plan
     names = engine_names(plan.masks)
-    engines = {name: build_variant(program, mask) for mask, name in names.items()}
+    spans = {first + i: (first, count) for first, count in plan.spans for i in range(count)}
+    alone = {mask for step in range(plan.steps) if step not in spans for mask in plan.possible(step)}
+    engines = {name: build_variant(program, mask) for mask, name in names.items() if mask in alone}
 
     def path(step: int, mask: Mask) -> tuple[str, ...]:
+        if step in spans:
+            begins, count = spans[step]
+            ahead, update = f"ahead{count}", f"update{count}"
+            if ahead not in engines:
+                built = build_span(program, mask, count)
+                engines[ahead], engines[update] = built.ahead, built.update
+            return (ahead, update) if step == begins else (update,)
         first = known = plan.possible(step)[0]
         called = []
         for predicate in plan.open(step):
