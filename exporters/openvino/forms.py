@@ -128,7 +128,7 @@ def to_openvino(graph: fx.GraphModule, inputs: list[str], outputs: list[str]) ->
     """
     examples = tuple(_example(node) for node in rewrite.placeholders(graph).values())
     with torch.no_grad(), _quiet():
-        exported = torch.export.export(graph, examples, dynamic_shapes=dynamic_shapes(graph, MAX_BATCH))
+        exported = torch.export.export(_each_once(graph), examples, dynamic_shapes=dynamic_shapes(graph, MAX_BATCH))
         decoder = TorchFXPythonDecoder.from_exported_program(exported)
     frontend = FrontEndManager().load_by_framework("pytorch")
     for name, convert in _EXTENSIONS.items():
@@ -138,12 +138,35 @@ def to_openvino(graph: fx.GraphModule, inputs: list[str], outputs: list[str]) ->
     except OpConversionFailure as error:
         raise EngineError(_unknown_operator(str(error), decoder.pt_module)) from error
     _unmark_weights(model)
+    _add_repeated(model, graph)
     _name_ports(model, inputs, outputs)
     _name_layers(model, rewrite.weight_names(graph))
     for parameter, node in zip(model.get_parameters(), rewrite.placeholders(graph).values(), strict=True):
         parameter.set_partial_shape(_partial_shape(node))
     model.validate_nodes_and_infer_types()
     return model
+
+
+def _each_once(graph: fx.GraphModule) -> fx.GraphModule:
+    """Without the results that it returns a second time, which the reader cannot take."""
+    values = rewrite.output_values(graph)
+    if len(set(values)) == len(values):
+        return graph
+    module = rewrite.clone(graph)
+    rewrite.output_node(module).args = (tuple(dict.fromkeys(rewrite.output_values(module))),)
+    return rewrite.finish(module)
+
+
+def _add_repeated(model: ov.Model, graph: fx.GraphModule) -> None:
+    """All results of the graph, in its order."""
+    values = rewrite.output_values(graph)
+    if len(set(values)) == len(values):
+        return
+    read = dict(zip(dict.fromkeys(values), model.get_results(), strict=True))
+    results = [op.result(read[value].input_value(0)) for value in values]
+    for result in read.values():
+        model.remove_result(result)
+    model.add_results(results)
 
 
 def _unmark_weights(model: ov.Model) -> None:

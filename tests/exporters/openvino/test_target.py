@@ -16,12 +16,13 @@ from torch import Tensor, fx, nn
 
 from dcompile.compiler import rewrite
 from dcompile.compiler.calibrate import Calibration
-from dcompile.compiler.program import Program
+from dcompile.compiler.program import Decision, Program
 from dcompile.compiler.step_graph import flatten
 from dcompile.compiler.variants import Variant
 from dcompile.exporters.lower import Lowered, lower
 from dcompile.exporters.parity import Parity, check_parity
 from dcompile.exporters.target import TargetOptions, Written
+from dcompile.passes.cache_steps import CacheSteps
 from dcompile.passes.quantize import Quantize
 from dcompile.quant import formats
 from dcompile.runtime.errors import EngineError
@@ -93,6 +94,22 @@ def test_engines_of_a_cached_program_keep_its_states(layout: str, cached: Progra
     lowered = lower(cached, layout)  # type: ignore[arg-type]
     assert len(lowered.engines) > 1
     assert all(result.relative_error < 1e-5 for result in parity(cached, lowered, write(lowered, tmp_path)))
+
+
+def test_a_value_may_be_a_state_and_what_the_next_engine_takes(dit: Program, tmp_path: Path) -> None:
+    program = CacheSteps(method="disca", interval=3, warmup=1).apply(dit, Decision()).program
+    lowered = lower(program, "segments")
+    twice = [e for e in lowered.engines.values() if len(set(rewrite.output_values(e.graph))) < len(e.outputs)]
+    assert twice
+    assert all(result.relative_error < 1e-5 for result in parity(program, lowered, write(lowered, tmp_path)))
+
+
+def test_steps_in_one_batch(unet: Program, tmp_path: Path) -> None:
+    cached = CacheSteps(method="faster_diffusion", interval=3).apply(unet, Decision()).program
+    program = dataclasses.replace(cached, plan=dataclasses.replace(cached.plan, span=2))
+    lowered = lower(program)
+    assert list(lowered.engines) == ["full", "ahead2", "update2"]
+    assert all(result.relative_error < 1e-5 for result in parity(program, lowered, write(lowered, tmp_path)))
 
 
 @pytest.mark.parametrize(("name", "symmetric"), [("unet", False), ("dit", False), ("dit", True)])
