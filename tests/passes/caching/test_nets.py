@@ -29,6 +29,7 @@ from dcompile.passes.caching import nets
 from dcompile.passes.caching.nets import Form, Predictor, from_tokens, to_tokens
 from dcompile.passes.caching.sites import find_sites
 from dcompile.passes.caching.training import _Moments, _Trainer
+from dcompile.passes.caching.writing import find_candidates
 from dcompile.passes.fold_timestep import FoldTimestep
 from dcompile.passes.quantize import Quantize
 
@@ -306,7 +307,7 @@ def test_what_is_measured_is_what_the_network_reads(dit: Program, calibration_of
     seen: dict[int, Tensor] = {}
     site = trainer.program.plan.sites[0]
     calibration.observe(trainer.program, [site.value], lambda at, name, value: seen.update({at: value}), "")
-    trainer.measure(step._candidates(dit.graph, []))
+    trainer.measure(find_candidates(step, dit.graph, []))
     kept = torch.cat([seen[0], seen[0], seen[3], seen[3]]).flatten(0, 1)
     weights = {n.rpartition(".")[2]: w for n, w in trainer.weights.items() if n.count(".") == 2}
     torch.testing.assert_close(weights["mean"][32:], kept.mean(0), rtol=1e-4, atol=1e-5)

@@ -22,6 +22,7 @@ from dcompile.exporters.interpret import run_lowered
 from dcompile.exporters.lower import lower
 from dcompile.passes.cache_steps import CacheSteps
 from dcompile.passes.caching.noise import compare, predict
+from dcompile.passes.caching.writing import find_candidates
 from dcompile.passes.quantize import Quantize
 
 CalibrationOf = Callable[[Program], Calibration]
@@ -91,7 +92,7 @@ def test_beside_itself_a_program_has_no_noise(
     program: Program = request.getfixturevalue(network)
     calibration = calibration_of(program)
     step = CacheSteps(method="taylorseer", site="range" if network == "dit" else "cut")
-    watched = [Watched(site.name, site.value, site.base) for site in step._candidates(program.graph, [])]
+    watched = [Watched(site.name, site.value, site.base) for site in find_candidates(step, program.graph, [])]
     exact = record(program, watched, calibration)
     beside = record_beside(program, program.graph, watched, calibration)
     for each in watched:

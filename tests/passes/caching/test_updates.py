@@ -35,6 +35,7 @@ from dcompile.passes.caching.updates import (
     with_lengths,
     with_prior,
 )
+from dcompile.passes.caching.writing import find_candidates
 from dcompile.passes.quantize import Quantize
 
 CalibrationOf = Callable[[Program], Calibration]
@@ -123,7 +124,7 @@ def test_samplers_without_lengths_are_left_alone_and_it_says_so(
 
 def test_trust_is_its_definition_at_each_reused_step(dit: Program, calibration_of: CalibrationOf) -> None:
     calibration = calibration_of(dit)
-    site = CacheSteps(method="ertacache", threshold=0.5)._candidates(dit.graph, [])[0]
+    site = find_candidates(CacheSteps(method="ertacache", threshold=0.5), dit.graph, [])[0]
     assert site.base is not None
     outputs: list[np.ndarray] = []
     inputs: list[np.ndarray] = []
