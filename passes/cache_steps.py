@@ -112,7 +112,7 @@ class CacheSteps(CacheOptions):
             program, results = add_networks(program, _reused(masks), self.states_kept, decision.tensors)
             sites = tuple(replace(site, network=name) for site, name in zip(sites, results, strict=True))
         found = write_predicates(self, program, candidates, decision.choices) if open_sites else ()
-        plan = Plan(program.steps, sites, found)
+        plan = Plan(program.steps, sites, found, self.span or 1)
         details = {
             "method": self.method,
             **({"decided_steps": [i for i in range(program.steps) if plan.open(i)]} if found else {}),

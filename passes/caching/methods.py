@@ -68,10 +68,11 @@ METHODS: Mapping[str, Method] = {
     "faster_diffusion": Method(
         "Faster Diffusion",
         "2312.09608",
-        "all that a U-Net's decoder reads of its encoder, copied; the decoder runs at every step with its own time",
-        "its published key steps; refresh at every step changes nothing; its noise against a loop in PyTorch",
+        "all that a U-Net's decoder reads of its encoder, copied; the decoder runs at every step, "
+        "with its own time, for `span` steps at once",
+        "its published key steps; refresh at every step changes nothing; its noise and its spans against step by step",
         {"site": "encoder", "schedule": "keys", "interval": 4},
-        reconstructed="its noise is an option (prior=0.003); one step after the other, without its parallel decoder",
+        reconstructed="its noise is an option (prior=0.003), and added before each step in spans too",
     ),
     "delta_dit": Method(
         "Δ-DiT",

@@ -13,7 +13,17 @@ DECIDED = ("compare", "accumulate", "history")  # by each step, at run time, unl
 # schedules that recorded runs decide
 MEASURED = ("segments", "hold", "learned", "learned_pairs", "searched", "routed", *DECIDED)
 _ORDERS = {"copy": 0, "delta": 0, "history": 0, "taylor1": 1, "taylor2": 2}
-_LEAST = {"interval": 1, "warmup": 1, "last": 0, "front": 0, "back": 0, "budget": 1, "states": 1, "trials": 1}
+_LEAST = {
+    "interval": 1,
+    "warmup": 1,
+    "last": 0,
+    "front": 0,
+    "back": 0,
+    "budget": 1,
+    "states": 1,
+    "trials": 1,
+    "span": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,8 @@ class CacheOptions:
     (Q&C).
     prior: so many times the first noise are added to the sample before each step below timestep 500 (Faster Diffusion:
     0.003).
+    span: most reusing steps in a row that run as one batch, where their network does not read the sample (site
+    "encoder"): Faster Diffusion's parallel decoder. The samples are the same.
     """
 
     method: str = "interval"
@@ -112,6 +124,7 @@ class CacheOptions:
     compensate: bool | None = None
     prior: float | None = None
     trials: int | None = None
+    span: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

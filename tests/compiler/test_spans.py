@@ -27,9 +27,8 @@ CalibrationOf = Callable[[Program], Calibration]
 
 
 def cached(program: Program, span: int, **options: Any) -> Program:
-    step = CacheSteps(**{"method": "faster_diffusion", "interval": 3, **options})
-    made = step.apply(program, Decision()).program
-    return replace(made, plan=replace(made.plan, span=span))
+    step = CacheSteps(**{"method": "faster_diffusion", "interval": 3, "span": span, **options})
+    return step.apply(program, Decision()).program
 
 
 def check_same(program: Program, calibration: Calibration, tolerance: float = 1e-5) -> None:

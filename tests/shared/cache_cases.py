@@ -9,6 +9,7 @@ from dcompile.passes.caching.methods import METHODS
 # What six steps of a tiny network need in place of the defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "deepcache_nonuniform": {"budget": 3, "center": 2, "power": 1.6},
+    "faster_diffusion": {"interval": 3, "span": 2},
     "profilingdit": {"warmup": 2, "interval": 2},
     "taylorseer": {"interval": 3},
     "ertacache": {"threshold": 0.5},

@@ -105,8 +105,7 @@ def test_a_value_may_be_a_state_and_what_the_next_engine_takes(dit: Program, tmp
 
 
 def test_steps_in_one_batch(unet: Program, tmp_path: Path) -> None:
-    cached = CacheSteps(method="faster_diffusion", interval=3).apply(unet, Decision()).program
-    program = dataclasses.replace(cached, plan=dataclasses.replace(cached.plan, span=2))
+    program = CacheSteps(method="faster_diffusion", interval=3, span=2).apply(unet, Decision()).program
     lowered = lower(program)
     assert list(lowered.engines) == ["full", "ahead2", "update2"]
     assert all(result.relative_error < 1e-5 for result in parity(program, lowered, write(lowered, tmp_path)))
