@@ -37,11 +37,12 @@ RESULTS, BUNDLES = Path(__file__).resolve().parent / "results", ROOT / "build" /
 OURS = {
     "glyphs": (
         "method=interval,interval=2", "method=interval,interval=3", "method=interval,interval=5",
-        "method=fbcache,threshold=0.1", "method=ertacache,threshold=0.05", "method=ertacache,threshold=0.2",
+        "method=lesa,interval=2", "method=lesa,interval=3", "method=lesa,interval=5", "method=segments,interval=3",
+        "method=fbcache,threshold=0.1",
     ),
     "glyphs_unet": (
         "method=deepcache,interval=2", "method=deepcache,interval=3", "method=deepcache,interval=5",
-        "method=interval,interval=2", "method=interval,interval=3",
+        "method=interval,interval=2", "method=interval,interval=3", "method=fora,interval=2", "method=fora,interval=3",
     ),
 }  # fmt: skip
 TARGETS: dict[str, Literal["fp32", "bf16"]] = {"onnx": "fp32", "openvino": "bf16"}
