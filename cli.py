@@ -315,12 +315,18 @@ def profile(
         Path, typer.Option("-o", "--output", help="Heat map to write; the figures go beside it, as .csv.")
     ] = Path("profile.png"),
     site: Annotated[str, typer.Option(help="block, branch, cut, encoder or output: what is measured.")] = "block",
-    samples: Annotated[int, typer.Option(min=1, help="Samples to run.")] = 4,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Samples to run; a build that calibrates on as many runs the same.")
+    ] = 8,
     shape: Annotated[str | None, typer.Option(help="Sample without the batch, for example 4x32x32.")] = None,
     contract: Annotated[Path | None, typer.Option(help="YAML with the roles of the inputs.")] = None,
     sampler: Annotated[str | None, typer.Option(help="As for build.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="As for build.")] = None,
     guidance: Annotated[float | None, typer.Option(help="As for build.")] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Neither use nor keep what earlier runs recorded.")
+    ] = False,
+    cache_dir: Annotated[Path | None, typer.Option(help="As for build.")] = None,
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Load a pickled module, running the code in it.")
     ] = False,
@@ -328,7 +334,9 @@ def profile(
 ) -> None:
     """Show how much each part of MODEL changes from step to step: what little changes, a cache may reuse."""
     from .compiler.ingest import Source, ingest
+    from .compiler.store import Store
     from .exporters.profile import SITES, profile_program, profile_table, write_csv, write_heat_map
+    from .exporters.settings import default_cache
 
     if site not in SITES:
         raise RequestError(f"--site {site!r}: {did_you_mean(site, SITES)}")
@@ -336,7 +344,8 @@ def profile(
         listener.stage(f"reading {model}")
         program = ingest(Source(model, _shape(shape), contract, sampler, steps, guidance, trust_pickle=trust_pickle))
         listener.stage("running it")
-        found = profile_program(program, site, samples, listener.progress)
+        store = Store(None if no_cache else cache_dir or default_cache())
+        found = profile_program(program, site, samples, listener.progress, store)
     out.print(profile_table(found))
     write_csv(found, output.with_suffix(".csv"))
     write_heat_map(found, output)

@@ -17,6 +17,7 @@ from . import quality
 from .execute import Tap, run, zero_state
 from .program import Pass, Program
 from .rewrite import placeholders
+from .store import NOWHERE, Store
 from .variants import build_variant
 
 # (fraction done 0..1, what is being done)
@@ -28,18 +29,16 @@ def no_progress(fraction: float, text: str) -> None:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Requests to run, and what the uncompressed program answers to them.
+class Requests:
+    """Requests to run and watch.
 
-    conditions: name -> [B, ...]. seeds: B of them. teacher: samples [B, *shape] of the program before any pass.
-    following: the passes after the one that is told this; one that `looks_ahead` may decide by them.
+    conditions: name -> [B, ...]. seeds: B of them. store: where what is recorded of their trajectories is kept.
     """
 
     conditions: Mapping[str, NDArray[Any]]
     seeds: Sequence[int]
-    teacher: Tensor
-    progress: Progress = field(default=no_progress, compare=False)
-    following: tuple[Pass, ...] = ()
+    progress: Progress = field(default=no_progress, compare=False, kw_only=True)
+    store: Store = field(default=NOWHERE, compare=False, kw_only=True)
 
     def observe(self, program: Program, taps: Sequence[str], tap: Tap, doing: str) -> Tensor:
         """Run the program's trajectory, showing the tapped nodes; -> its samples."""
@@ -47,6 +46,18 @@ class Calibration:
             program, self.conditions, self.seeds, tap=tap, taps=taps,
             on_step=lambda step, _: self.progress((step + 1) / program.steps, doing),
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Calibration(Requests):
+    """Requests, and what the uncompressed program answers to them.
+
+    teacher: samples [B, *shape] of the program before any pass. following: the passes after the one that is told this;
+    one that `looks_ahead` may decide by them.
+    """
+
+    teacher: Tensor
+    following: tuple[Pass, ...] = ()
 
     def error(self, program: Program) -> dict[str, float]:
         """Relative error and PSNR (dB) of the program's samples against the teacher's, same seeds."""
@@ -82,13 +93,13 @@ def calibration_requests(contract: Contract, count: int) -> tuple[dict[str, NDAr
     return example_conditions(contract, count), list(range(1_000_000, 1_000_000 + count))
 
 
-def calibrate(program: Program, count: int, progress: Progress = no_progress) -> Calibration:
+def calibrate(program: Program, count: int, progress: Progress = no_progress, store: Store = NOWHERE) -> Calibration:
     """Run `count` samples of the uncompressed program; they are the teacher of every pass."""
     conditions, seeds = calibration_requests(program.contract, count)
     teacher = run(
         program, conditions, seeds, on_step=lambda step, _: progress((step + 1) / program.steps, "running the teacher")
     )
-    return Calibration(conditions, seeds, teacher, progress)
+    return Calibration(conditions, seeds, teacher, progress=progress, store=store)
 
 
 def inputs_for(program: Program, graph: fx.GraphModule, batch: int) -> Callable[[list[Tensor]], list[Tensor]]:

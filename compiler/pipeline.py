@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from ..runtime.errors import DcompileError
-from .calibrate import Calibration, Progress, calibrate, no_progress
+from .calibrate import Calibration, Progress, calibrate, calibration_requests, no_progress
 from .errors import PassError
 from .flops import sample_flops
 from .program import Decision, Pass, PassResult, Program
@@ -122,15 +124,12 @@ def _state(program: Program) -> tuple[Any, ...]:
 
 
 def _teacher(program: Program, samples: int, store: Store, key: str, progress: Progress) -> Calibration:
-    import torch
-
-    from .calibrate import calibration_requests
-
     kept = store.get(f"{key}-teacher")
     if kept:
         conditions, seeds = calibration_requests(program.contract, samples)
-        return Calibration(conditions, seeds, torch.from_numpy(kept[1]["teacher"]), progress)
-    calibration = calibrate(program, samples, progress)
+        teacher = torch.from_numpy(kept[1]["teacher"])
+        return Calibration(conditions, seeds, teacher, progress=progress, store=store)
+    calibration = calibrate(program, samples, progress, store)
     store.put(f"{key}-teacher", {"samples": samples}, {"teacher": calibration.teacher.numpy()})
     return calibration
 

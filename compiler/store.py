@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
@@ -58,6 +59,9 @@ class Store:
             raise StoreError(f"{self.directory}: results cannot be kept here ({error.strerror}); {hint}") from error
 
 
+NOWHERE = Store(None)
+
+
 def digest(*parts: Any) -> str:
     """A short hash of JSON-able values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -69,7 +73,7 @@ def fingerprint(program: Program) -> str:
     tensors = {**weights(program.graph), **program.tables}
     for name in sorted(tensors):
         total.update(name.encode())
-        total.update(tensors[name].detach().contiguous().numpy().tobytes())
+        total.update(tensors[name].detach().reshape(-1).view(torch.uint8).numpy().data)  # numpy has no float8
     total.update(json.dumps(program.sampler.describe(), sort_keys=True).encode())
     total.update(repr(program.contract).encode())
     return total.hexdigest()[:32]

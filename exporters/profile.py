@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Column, Table
 
-from ..compiler.calibrate import Progress, calibrate, no_progress
+from ..compiler.calibrate import Progress, Requests, calibration_requests, no_progress
 from ..compiler.errors import PassError, UnsupportedError
 from ..compiler.program import Program
+from ..compiler.store import NOWHERE, Store
 from ..compiler.trace import Watched, record
 from ..passes.caching.sites import Refused, find_sites
 
@@ -31,8 +32,12 @@ class Profile:
     norms: NDArray[np.float32]
 
 
-def profile_program(program: Program, kind: str, samples: int, progress: Progress = no_progress) -> Profile:
-    """Run `samples` samples, twice. Blocks are measured as residuals: what they add to their stream.
+def profile_program(
+    program: Program, kind: str, samples: int, progress: Progress = no_progress, store: Store = NOWHERE
+) -> Profile:
+    """Run the samples that passes calibrate on, unless the store has what a build or profile before recorded of them.
+
+    Blocks are measured as residuals: what they add to their stream.
 
     Raises PassError where the network has no such sites.
     """
@@ -41,9 +46,12 @@ def profile_program(program: Program, kind: str, samples: int, progress: Progres
     if not sites:
         raise PassError(f"found no site of kind {kind!r} in {program.name}; `dcompile inspect` shows its regions")
     watched = [Watched(site.name, site.value, site.base) for site in sites]
-    trace = record(program, watched, calibrate(program, samples, progress))
+    requests = Requests(*calibration_requests(program.contract, samples), progress=progress, store=store)
+    trace = record(program, watched, requests)
     names = tuple(site.name for site in sites)
-    return Profile(kind, names, np.stack([trace.changes[n] for n in names]), np.stack([trace.norms[n] for n in names]))
+    changes = np.stack([trace.changes(name) for name in names])
+    norms = np.stack([trace.norms[name].mean(axis=1) for name in names])
+    return Profile(kind, names, changes.astype(np.float32), norms)
 
 
 def profile_table(profile: Profile, most: int = 40) -> Table:

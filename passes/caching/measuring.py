@@ -40,8 +40,8 @@ def measure_background(program: Program, calibration: Calibration) -> list[str]:
     residuals = [
         Watched(block.path, block.streams[0].exit, block.streams[0].entry) for block in blocks if block.streams
     ]
-    changes = record(program, residuals, calibration).changes
-    order = sorted(changes, key=lambda path: float(changes[path].mean()))
+    trace = record(program, residuals, calibration)
+    order = sorted((each.name for each in residuals), key=lambda path: float(trace.changes(path).mean()))
     calm = set(order[: len(order) // 2])
     return [block.path for block in blocks if block.path in calm]
 

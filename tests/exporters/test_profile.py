@@ -20,7 +20,8 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 def test_the_command_writes_figures_and_a_picture(dit_folder: Path, tmp_path: Path, command: Command) -> None:
     words = ("--steps", 4, "--samples", 2, "--guidance", 2, "-o", tmp_path / "profile.png", "-q")
-    done = command("profile", dit_folder, *words)
+    kept = ("--cache-dir", tmp_path / "kept")
+    done = command("profile", dit_folder, *words, *kept)
     assert done.returncode == 0, done.stderr
     assert "transformer_blocks_2" in done.stdout
     with (tmp_path / "profile.csv").open() as stream:
@@ -31,6 +32,13 @@ def test_the_command_writes_figures_and_a_picture(dit_folder: Path, tmp_path: Pa
     assert all(float(row["norm"]) > 0 for row in rows)
     assert {float(row["change"]) for row in rows if row["step"] == "0"} == {0.0}
     assert np.asarray(Image.open(tmp_path / "profile.png").convert("L")).std() > 1
+    figures = (tmp_path / "profile.csv").read_text()
+    entries = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
+    assert len(entries) == 3 * 2
+    assert command("profile", dit_folder, *words, *kept).stdout == done.stdout
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()} == entries
+    assert command("profile", dit_folder, *words, "--no-cache").stdout == done.stdout
+    assert (tmp_path / "profile.csv").read_text() == figures
     refused = command("profile", dit_folder, "--site", "blocks")
     assert refused.returncode == 2
     assert "--site 'blocks': did you mean 'block'?" in refused.stderr
