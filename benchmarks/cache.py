@@ -102,28 +102,33 @@ def write(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Speed against PSNR and against Fréchet distance, one panel a model; a line joins the budgets of a method."""
+    """Speed against PSNR and Fréchet distance, a row of panels a model; a line joins the budgets of a method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     models = sorted({row["model"] for row in rows})
-    figure = Figure(figsize=(11, 4.6 * len(models)), dpi=120, layout="constrained")
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    figure = Figure(figsize=(13, 4.8 * len(models)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(models), 2, squeeze=False)
     for model, (left, right) in zip(models, panels, strict=True):
         own = [row for row in rows if row["model"] == model]
-        for number, method in enumerate(sorted({row["method"] for row in own})):
-            points = sorted((float(r["speedup"]), r) for r in own if r["method"] == method)
+        for number, method in enumerate(methods):
+            points = sorted((float(r["speedup"]), i, r) for i, r in enumerate(own) if r["method"] == method)
             style = {"color": f"C{number % 10}", "marker": "osD^vP*X"[number % 8], "label": method, "markersize": 6}
             for axes, metric in ((left, "psnr"), (right, "frechet")):
-                axes.plot([speed for speed, _ in points], [float(row[metric]) for _, row in points], **style)
+                if points:
+                    axes.plot([p[0] for p in points], [float(p[2][metric]) for p in points], linewidth=0.8, **style)
+        best = [max(float(r["psnr"]) for r in own if float(r["speedup"]) >= float(one["speedup"])) for one in own]
+        front = sorted(zip((float(row["speedup"]) for row in own), best, strict=True))
+        left.step(*zip(*front, strict=True), where="pre", color="0.6", linewidth=3, alpha=0.5, zorder=0, label="best")
         right.axhline(float(own[0]["frechet_before"]), color="0.5", linestyle=":", label="uncompressed")
         for axes, what in ((left, "PSNR to the uncompressed model, dB"), (right, "Fréchet distance to real data")):
             axes.set_xlabel("times faster, ONNX Runtime")
             axes.set_ylabel(what)
             axes.set_title(model)
             axes.grid(alpha=0.3)
-        right.legend(fontsize=7, ncols=2)
+        left.legend(fontsize=7, ncols=2)
     figure.savefig(PLOT)
 
 
