@@ -52,10 +52,11 @@ class Requests:
 class Calibration(Requests):
     """Requests, and what the uncompressed program answers to them.
 
-    teacher: samples [B, *shape] of the program before any pass. following: the passes after the one that is told this;
-    one that `looks_ahead` may decide by them.
+    original: the program before any pass. teacher: its samples [B, *shape]. following: the passes after the one that is
+    told this; one that `looks_ahead` may decide by them.
     """
 
+    original: Program
     teacher: Tensor
     following: tuple[Pass, ...] = ()
 
@@ -99,7 +100,7 @@ def calibrate(program: Program, count: int, progress: Progress = no_progress, st
     teacher = run(
         program, conditions, seeds, on_step=lambda step, _: progress((step + 1) / program.steps, "running the teacher")
     )
-    return Calibration(conditions, seeds, teacher, progress=progress, store=store)
+    return Calibration(conditions, seeds, program, teacher, progress=progress, store=store)
 
 
 def inputs_for(program: Program, graph: fx.GraphModule, batch: int) -> Callable[[list[Tensor]], list[Tensor]]:

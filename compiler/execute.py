@@ -15,7 +15,7 @@ from . import rewrite
 from .errors import PassError
 from .plan import Mask
 from .program import Program
-from .variants import Variant, build_probe, build_variant, cache_tables
+from .variants import Variant, build_probe, build_variant, cache_tables, graph_inputs
 
 # (step, node name, value): called for each tapped node as the step computes it. A step that reuses a site shows what it
 # works out in the site's place (nothing for a copy, which is an earlier step's value), and none of the nodes before.
@@ -130,6 +130,12 @@ def variant_inputs(
         else:
             values.append(slots[source] if source in slots else zero_state(node, batch))
     return values
+
+
+def step_values(program: Program, step: int, slots: Mapping[str, Tensor]) -> list[Tensor]:
+    """The inputs of the program's graph at this step, in its order."""
+    whole = Variant(program.graph, graph_inputs(program, program.graph), ())
+    return variant_inputs(whole, slots, program.tables, step, len(slots["sample"]))
 
 
 def _call(

@@ -128,7 +128,7 @@ def _teacher(program: Program, samples: int, store: Store, key: str, progress: P
     if kept:
         conditions, seeds = calibration_requests(program.contract, samples)
         teacher = torch.from_numpy(kept[1]["teacher"])
-        return Calibration(conditions, seeds, teacher, progress=progress, store=store)
+        return Calibration(conditions, seeds, program, teacher, progress=progress, store=store)
     calibration = calibrate(program, samples, progress, store)
     store.put(f"{key}-teacher", {"samples": samples}, {"teacher": calibration.teacher.numpy()})
     return calibration

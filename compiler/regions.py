@@ -91,6 +91,30 @@ def all_blocks(module: fx.GraphModule) -> tuple[Region, ...]:
     return tuple(region for top in find_regions(module) for region in top.walk() if region.is_block)
 
 
+def find_prediction(module: fx.GraphModule) -> tuple[fx.Node, fx.Node | None] | None:
+    """What the network predicts, both halves of guidance, and the sample as it is given to it, if there is one alike.
+
+    None for a graph that does not say which modules its nodes come from.
+    """
+    # The outermost module is the step, whose own calls are guidance and the sampler's update.
+    inside = [node for node in module.graph.nodes if node.op == "call_function" and len(module_path(node)) > 1]
+    members = set(inside)
+    leaving = [node for node in inside if tensor_of(node) is not None and set(node.users) - members]
+    if not leaving:
+        return None
+    value = leaving[-1]
+    given = {source for node in inside for source in node.all_input_nodes if source not in members}
+    # A network that also predicts a variance is cut to the first half outside.
+    for found in (value, *(value.users if len(value.users) == 1 else ())):
+        like = [
+            node for node in given
+            if node.op != "get_attr" and tensor_of(node) is not None and shape_of(node) == shape_of(found)
+        ]  # fmt: skip
+        if len(like) == 1:
+            return found, like[0]
+    return value, None
+
+
 def module_path(node: fx.Node) -> tuple[tuple[str, str], ...]:
     """((path, class), ...) of the modules whose call made this node, outermost first; each repeated call has a path."""
     stack = node.meta.get("nn_module_stack") or {}

@@ -15,9 +15,9 @@ from torch.nn import functional
 from ...compiler import rewrite
 from ...compiler.calibrate import Calibration
 from ...compiler.errors import PassError
-from ...compiler.execute import initial_slots, refill
+from ...compiler.execute import initial_slots, refill, step_values
 from ...compiler.program import Program
-from .mixing import Batches, mixed, step_values
+from .mixing import Batches, mixed
 from .rollout import Masks
 from .sites import Candidate
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,7 @@ from torch import Tensor, fx
 
 from ...compiler import rewrite
 from ...compiler.calibrate import example_conditions
-from ...compiler.execute import variant_inputs
-from ...compiler.program import Program
 from ...compiler.rewrite import aten
-from ...compiler.variants import Variant, graph_inputs
 from ...runtime.manifest import Contract
 from .sites import Candidate
 
@@ -83,9 +80,3 @@ class Batches:
         part = slice(run % BATCHES * BATCH, (run % BATCHES + 1) * BATCH)
         seeds = [self._first_seed + run * BATCH + i for i in range(BATCH)]
         return {name: values[part] for name, values in self._conditions.items()}, seeds
-
-
-def step_values(program: Program, step: int, slots: Mapping[str, Tensor]) -> list[Tensor]:
-    """The inputs of the step graph."""
-    whole = Variant(program.graph, graph_inputs(program, program.graph), ())
-    return variant_inputs(whole, slots, program.tables, step, len(slots["sample"]))

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...compiler.calibrate import Calibration
-from ...compiler.execute import initial_slots, refill
+from ...compiler.execute import initial_slots, refill, step_values
 from ...compiler.program import Program
-from .mixing import Batches, mixed, step_values
+from .mixing import Batches, mixed
 from .rollout import Judge, Masks, Rollout
 from .schedules import intervals_within
 from .sites import Candidate

@@ -10,7 +10,7 @@ from torch import fx
 
 from ...compiler import rewrite
 from ...compiler.errors import PassError
-from ...compiler.regions import Region, find_regions, module_path
+from ...compiler.regions import Region, find_prediction, find_regions, module_path
 from ...compiler.rewrite import aten
 
 Refused = list[tuple[str, str]]
@@ -238,22 +238,9 @@ def _encoder(graph: fx.GraphModule) -> Iterator[Candidate]:
 
 
 def _output(graph: fx.GraphModule) -> Iterator[Candidate]:
-    # The outermost module is the step, whose own calls are guidance and the sampler's update.
-    inside = [node for node in graph.graph.nodes if node.op == "call_function" and len(module_path(node)) > 1]
-    members = set(inside)
-    leaving = [node for node in inside if rewrite.tensor_of(node) is not None and set(node.users) - members]
-    if not leaving:
-        return
-    value = leaving[-1]
-    given = {source for node in inside for source in node.all_input_nodes if source not in members}
-    # A network that also predicts a variance is cut to the first half outside.
-    for found in (value, *(value.users if len(value.users) == 1 else ())):
-        like = [node for node in given if node.op != "get_attr" and rewrite.tensor_of(node) is not None
-                and rewrite.shape_of(node) == rewrite.shape_of(found)]  # fmt: skip
-        if len(like) == 1:
-            yield Candidate("output", found.name, like[0].name, "output")
-            return
-    yield Candidate("output", value.name, None, "output")
+    if found := find_prediction(graph):
+        value, base = found
+        yield Candidate("output", value.name, base.name if base else None, "output")
 
 
 def _short(path: str) -> str:

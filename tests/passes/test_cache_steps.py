@@ -25,7 +25,7 @@ ProgramOf = Callable[[str], Program]
 
 def cache(program: Program, **options: Any) -> PassResult:
     step = CacheSteps(**options)
-    return step.apply(program, step.decide(program, Calibration({}, (), torch.zeros(0))))
+    return step.apply(program, step.decide(program, Calibration({}, (), program, torch.zeros(0))))
 
 
 def names(result: PassResult) -> list[str]:

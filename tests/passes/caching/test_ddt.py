@@ -57,7 +57,7 @@ def test_its_steps_are_those_of_the_dynamic_program_on_cosines(
     ddt: Program, calibration_of: Callable[[Program], Calibration]
 ) -> None:
     step = CacheSteps(method="ddt", interval=3, back=2)
-    decided = step.decide(ddt, Calibration({}, SEEDS, calibration_of(ddt).teacher)).choices["computed"]
+    decided = step.decide(ddt, Calibration({}, SEEDS, ddt, calibration_of(ddt).teacher)).choices["computed"]
     had = torch.stack(by_hand(ddt, tuple(range(8)))[1]).flatten(2)
     cosines = torch.nn.functional.cosine_similarity(had[:, None], had[None], dim=-1).mean(-1)
     assert decided == {"encoder": list(leader_first(1 - cosines.double().numpy(), 3)[0])}

@@ -13,11 +13,10 @@ from torch.nn import functional
 
 from dcompile.compiler.calibrate import Calibration
 from dcompile.compiler.errors import PassError
-from dcompile.compiler.execute import initial_slots
+from dcompile.compiler.execute import initial_slots, step_values
 from dcompile.compiler.program import Program
 from dcompile.passes.cache_steps import CacheSteps
 from dcompile.passes.caching.edit import USES, Routed, frozen, routed
-from dcompile.passes.caching.mixing import step_values
 from dcompile.passes.caching.rollout import Judge, Rollout
 from dcompile.passes.caching.sites import Candidate, find_sites
 

@@ -68,7 +68,7 @@ def by_diffusers(program: Program, accelerate: Callable[[Any], object]) -> tuple
 def by_us(program: Program, **options: Any) -> tuple[PassResult, np.ndarray, list[tuple[bool, bool]]]:
     given = {name: value.numpy() for name, value in conditions_of(program).items()}
     step = CacheSteps(**options)
-    calibration = Calibration(given, SEED, run(program, given, SEED))
+    calibration = Calibration(given, SEED, program, run(program, given, SEED))
     result = step.apply(program, step.decide(program, calibration))
     masks: list[dict[str, bool]] = []
     names = [site.name for site in result.program.plan.sites]
