@@ -431,12 +431,33 @@ def _passes(passes: Sequence[Mapping[str, Any]], earlier: Mapping[str, Any]) -> 
                 "error": _NOTHING if error is None else f"{error:.2g}",
                 "error_percent": 100 * error / most if error else 0.0,
                 "psnr": human(each["error"].get("psnr"), "dB") if isinstance(each.get("error"), Mapping) else "",
-                "details": [(str(key), compact(value)) for key, value in (each.get("details") or {}).items()],
+                "details": [
+                    (str(key), compact(value)) for key, value in (each.get("details") or {}).items() if key != "loss"
+                ],
+                "curve": _curve((each.get("details") or {}).get("loss")),
                 "refused": refused,
             }
         )
         earlier = each
     return rows
+
+
+def _curve(points: Sequence[Sequence[float]] | None, width: int = 360, height: int = 80) -> dict[str, Any] | None:
+    """A loss over the steps of a training, as the points of a line; logarithmic, as losses fall by orders."""
+    known = [(step, math.log(loss)) for step, loss in points or () if loss is not None and 0 < loss < math.inf]
+    if len(known) < 2:
+        return None
+    last = known[-1][0]
+    low, high = min(loss for _, loss in known), max(loss for _, loss in known)
+    places = [(width * step / last, 2 + (height - 4) * (high - loss) / max(high - low, 1e-9)) for step, loss in known]
+    return {
+        "points": " ".join(f"{x:.1f},{y:.1f}" for x, y in places),
+        "first": compact(math.exp(known[0][1])),
+        "last": compact(math.exp(known[-1][1])),
+        "steps": last,
+        "width": width,
+        "height": height,
+    }
 
 
 def _relative(error: Mapping[str, float] | float | None) -> float | None:

@@ -8,6 +8,9 @@ from .cache_steps import CacheSteps
 from .fold_timestep import FoldTimestep
 from .prune_layers import PruneLayers
 from .quantize import Quantize
+from .recover import Recover
 
-PASSES: dict[str, type[Any]] = {cls.name: cls for cls in (PruneLayers, CacheSteps, Quantize, FoldTimestep)}
-SHORT_NAMES = {"prune": "prune_layers", "cache": "cache_steps", "quant": "quantize", "fold": "fold_timestep"}
+PASSES: dict[str, type[Any]] = {cls.name: cls for cls in (PruneLayers, Recover, CacheSteps, Quantize, FoldTimestep)}
+SHORT_NAMES = {
+    "prune": "prune_layers", "recover": "recover", "cache": "cache_steps", "quant": "quantize", "fold": "fold_timestep",
+}  # fmt: skip

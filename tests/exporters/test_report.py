@@ -257,6 +257,16 @@ def test_both_files_are_written(tmp_path: Path) -> None:
     assert "url(" not in html_path.read_text(encoding="utf-8")
 
 
+def test_a_loss_is_drawn_over_its_steps() -> None:
+    row: dict[str, Any] = {"name": "recover", "details": {"loss": [[10, 1.0], [20, 0.1], [40, 0.01]], "matched": {}}}
+    page = render_html({"name": "x", "passes": [row]})
+    assert '<polyline points="90.0,2.0 180.0,40.0 360.0,78.0"/>' in page
+    assert "Loss over 40 steps of training, 1 to 0.01" in page
+    assert "loss:</span>" not in page  # not in figures too
+    for found in ([[10, 1.0]], [], None, [[10, float("nan")], [20, None]]):
+        assert "<polyline" not in render_html({"name": "x", "passes": [{**row, "details": {"loss": found}}]})
+
+
 def test_the_pictures_are_the_samples() -> None:
     sources = Page(render_html({"name": "x"}, BEFORE, AFTER)).sources
     before, after, difference = (Image.open(io.BytesIO(base64.b64decode(each.partition(",")[2]))) for each in sources)

@@ -1,0 +1,130 @@
+"""Train what is left of a network to say what the whole one said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..compiler import rewrite
+from ..compiler.calibrate import Calibration
+from ..compiler.errors import PassError, RecipeError
+from ..compiler.program import Decision, PassResult, Program, Record
+from ..compiler.regions import Region, all_blocks
+from ..compiler.store import digest, fingerprint
+from .recovery.examples import Trajectories
+from .recovery.losses import feature_loss, matched, output_loss
+from .recovery.network import Network
+from .recovery.trainer import Settings, train
+
+_TIMES = 4  # steps of the trajectory in each batch: one is read at a time
+
+
+@dataclass(frozen=True)
+class Recover:
+    """Distil the model as it came into what the passes before left of it. Needs no data: the model's own trajectories
+    are what is trained on, with its predictions, guidance included.
+
+    steps: of training. batch: samples a step of training, from four steps of the sampler. rate: of AdamW at its
+    highest; it falls by a cosine. features: weight of what the blocks say beside what the network predicts, falling to
+    0 (TinyFusion, 2412.01199); blocks are matched by their place. average: decay of the average of the weights, which
+    is what is kept.
+
+    Left alone: everything, where no pass before changed the network. Must run before cache_steps, quantize and
+    fold_timestep, which measure the weights as they then are.
+    """
+
+    name: ClassVar[str] = "recover"
+
+    steps: int = 1000
+    batch: int = 16
+    rate: float = 2e-4
+    features: float = 0.01
+    average: float = 0.999
+
+    def __post_init__(self) -> None:
+        for option, least in (("steps", 1), ("batch", _TIMES)):
+            if getattr(self, option) < least:
+                raise RecipeError(f"recover: {option} is {getattr(self, option)}, needed {least} or more")
+        if self.rate <= 0:
+            raise RecipeError(f"recover: rate is {self.rate}, needed more than 0")
+        if self.features < 0:
+            raise RecipeError(f"recover: features is {self.features}, needed 0 or more")
+        if not 0 <= self.average < 1:
+            raise RecipeError(f"recover: average is {self.average}, needed 0 or more and less than 1")
+
+    def decide(self, program: Program, calibration: Calibration, /) -> Decision:
+        """The trained weights."""
+        _refuse_late(program)
+        teacher = calibration.original
+        if program.graph is teacher.graph:
+            return Decision()
+        pairs = _pairs(program, teacher) if self.features else []
+        student = Network(program, [mine.streams[0].exit for mine, _ in pairs])
+        student.unfreeze()
+        whole = Network(teacher, [other.streams[0].exit for _, other in pairs])
+        examples = Trajectories(teacher, max(1, self.batch // _TIMES), self.steps * _TIMES)
+
+        def loss(step: int, done: float) -> Tensor:
+            losses = [
+                self._loss(student, whole, examples, step * _TIMES + each, self.features * (1 - done) if pairs else 0.0)
+                for each in range(_TIMES)
+            ]
+            return torch.stack(losses).mean()
+
+        key = digest("recover", fingerprint(program), fingerprint(teacher), vars(self)) + "-training"
+        settings = Settings(self.steps, self.rate, self.average)
+        trained = train(student.weights, loss, settings, calibration.store, key, calibration.progress)
+        choices: dict[str, Any] = {
+            "loss": [list(point) for point in trained.curve],
+            "matched": {mine.path: other.path for mine, other in pairs},
+            **({"stopped": trained.stopped} if trained.stopped is not None else {}),
+        }
+        return Decision(choices, dict(trained.weights))
+
+    def _loss(self, student: Network, whole: Network, examples: Trajectories, number: int, features: float) -> Tensor:
+        example = examples.example(number, _TIMES)
+        found, *mine = student(example.step, example.slots)
+        loss = output_loss(found, example.expected)
+        if not features:
+            return loss
+        with torch.no_grad():
+            _, *theirs = whole(example.step, example.slots)
+        return loss + features * feature_loss(mine, theirs)
+
+    def apply(self, program: Program, decision: Decision, /) -> PassResult:
+        _refuse_late(program)
+        if not decision.tensors:
+            why = "no pass before changed the network, so there is nothing to recover"
+            return PassResult(program, Record(self.name, refused=(("every weight", why),)))
+        graph = rewrite.clone(program.graph)
+        for name, value in decision.tensors.items():
+            rewrite.assign(graph, name, torch.from_numpy(value))
+        refused: tuple[tuple[str, str], ...] = ()
+        if "stopped" in decision.choices:
+            why = f"the loss diverged at step {decision.choices['stopped']}; the weights before are kept: lower rate"
+            refused = (("the rest of the training", why),)
+        record = Record(self.name, changed=len(decision.tensors), refused=refused, details=dict(decision.choices))
+        return PassResult(program.with_graph(rewrite.finish(graph)), record)
+
+
+def _pairs(program: Program, teacher: Program) -> list[tuple[Region, Region]]:
+    """Blocks of the student, each with the block of the teacher that it is to match."""
+    mine, others = all_blocks(program.graph), all_blocks(teacher.graph)
+    found = [(one, others[index]) for one, index in zip(mine, matched(len(mine), len(others)), strict=True)]
+    return [
+        (one, other) for one, other in found
+        if one.streams and other.streams and _shape(program, one) == _shape(teacher, other)
+    ]  # fmt: skip
+
+
+def _shape(program: Program, block: Region) -> list[str]:
+    return [*map(str, rewrite.shape_of(rewrite.node_named(program.graph, block.streams[0].exit)))]
+
+
+def _refuse_late(program: Program) -> None:
+    late = [record.name for record in program.history if record.name in ("cache_steps", "quantize", "fold_timestep")]
+    if late:
+        raise PassError(f"recover: {late[0]} came before; put recover between the passes that cut and those")
