@@ -91,6 +91,15 @@ def all_blocks(module: fx.GraphModule) -> tuple[Region, ...]:
     return tuple(region for top in find_regions(module) for region in top.walk() if region.is_block)
 
 
+def block_lists(regions: tuple[Region, ...]) -> dict[str, list[Region]]:
+    """Top-level blocks by the list that holds them, in order."""
+    lists: dict[str, list[Region]] = {}
+    for region in regions:
+        if region.is_block:
+            lists.setdefault(region.path.rpartition(".")[0], []).append(region)
+    return lists
+
+
 def find_prediction(module: fx.GraphModule) -> tuple[fx.Node, fx.Node | None] | None:
     """What the network predicts, both halves of guidance, and the sample as it is given to it, if there is one alike.
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from ..compiler import rewrite
-from ..compiler.calibrate import Calibration, output_error, snapshots
+from ..compiler.calibrate import Calibration
 from ..compiler.errors import PassError, RecipeError
 from ..compiler.program import Decision, PassResult, Program, Record
-from ..compiler.regions import Region, all_blocks
+from ..compiler.regions import Region, all_blocks, block_lists, find_regions
 from ..runtime.errors import did_you_mean
-
-_SNAPSHOTS = 5
+from .depth.removal import remove_blocks
+from .depth.scores import Chosen, by_greedy_error, by_influence, by_magnitude
+from .depth.tinyfusion import search_depth
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,9 @@ class PruneLayers:
     place of both.
     method: "greedy" removes, one at a time, the block whose absence changes the step's output least (measured on the
     trajectory); "influence" ranks all blocks once by 1 - cos(input, output) (ShortGPT's block influence, 2403.03853,
-    averaged over steps).
+    averaged over steps); "magnitude" by their mean absolute weight; "tinyfusion" learns which `keep` of each `of`
+    blocks in a row to keep, over `steps` of training on `batch` samples, as they would be after recovery (2412.01199).
+    A `recover` pass after it does that.
 
     Left alone: (1) regions with an output that carries no residual stream (U-Net stages that change the shape), (2) the
     last block that is left. Must run before cache_steps, whose sites name blocks.
@@ -37,19 +35,30 @@ class PruneLayers:
 
     ratio: float = 0.1
     count: int | None = None
-    method: Literal["greedy", "influence"] = "greedy"
+    method: Literal["greedy", "influence", "magnitude", "tinyfusion"] = "greedy"
     blocks: tuple[str, ...] = ()
+    keep: int = 1
+    of: int = 2
+    steps: int = 400
+    batch: int = 16
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio <= 1.0:
             raise RecipeError(f"prune_layers: ratio is {self.ratio}, needed 0 to 1")
         if self.count is not None and self.count < 0:
             raise RecipeError(f"prune_layers: count is {self.count}, needed 0 or more")
+        if not 1 <= self.keep <= self.of:
+            raise RecipeError(f"prune_layers: keep is {self.keep} of {self.of} blocks, needed 1 to {self.of}")
+        for option, least in (("steps", 1), ("batch", 4)):
+            if getattr(self, option) < least:
+                raise RecipeError(f"prune_layers: {option} is {getattr(self, option)}, needed {least} or more")
 
     def decide(self, program: Program, calibration: Calibration, /) -> Decision:
         if program.plan.sites:
             raise PassError("prune_layers: the program already has cache sites; put prune before cache")
         blocks = all_blocks(program.graph)
+        if self.method == "tinyfusion" and not self.blocks:
+            return self._searched(program, calibration)
         named = list(dict.fromkeys(_named(blocks, name).path for name in self.blocks))
         wanted = self.count if self.count is not None else int(self.ratio * len(blocks) + 0.5)
         if named:
@@ -61,9 +70,33 @@ class PruneLayers:
             )
         if named or wanted == 0:
             return Decision({"removed": named})
-        choose = _greedy if self.method == "greedy" else _by_influence
-        removed, scores = choose(program, calibration, blocks, wanted)
+        removed, scores = self._scored(program, calibration, blocks, wanted)
         return Decision({"removed": removed, "scores": scores})
+
+    def _scored(self, program: Program, calibration: Calibration, blocks: tuple[Region, ...], wanted: int) -> Chosen:
+        if self.method == "magnitude":
+            return by_magnitude(program, blocks, wanted)
+        choose = by_greedy_error if self.method == "greedy" else by_influence
+        return choose(program, calibration, blocks, wanted)
+
+    def _searched(self, program: Program, calibration: Calibration) -> Decision:
+        if self.keep == self.of:
+            return Decision({"removed": []})
+        lists = block_lists(find_regions(program.graph))
+        blocks = [block for found in lists.values() for block in found]
+        if not blocks:
+            raise PassError(
+                "prune_layers: tinyfusion needs blocks in a row, and the network has none; `dcompile inspect` shows "
+                "its regions"
+            )
+        if uneven := [(path, len(found)) for path, found in lists.items() if len(found) % self.of]:
+            path, count = uneven[0]
+            raise PassError(
+                f"prune_layers: the {count} blocks of {path} are no groups of {self.of}; choose another `of`"
+            )
+        search = search_depth(program, blocks, self.keep, self.of, calibration, self.steps, self.batch)
+        removed = [block.path for place, block in enumerate(blocks) if place not in search.kept]
+        return Decision({"removed": removed, "likely": list(search.likely), "loss": [*map(list, search.curve)]})
 
     def apply(self, program: Program, decision: Decision, /) -> PassResult:
         removed = list(decision.choices["removed"])
@@ -74,20 +107,9 @@ class PruneLayers:
             for region in top.walk()
             if not region.is_block and not region.children
         )
-        details = {"removed": removed, "scores": decision.choices.get("scores", {})}
+        details = {"removed": removed, **{name: each for name, each in decision.choices.items() if name != "removed"}}
         record = Record(self.name, changed=len(removed), refused=refused, details=details)
         return PassResult(program.with_graph(graph) if removed else program, record)
-
-
-def remove_blocks(program: Program, paths: list[str]) -> Program:
-    graph = rewrite.clone(program.graph)
-    blocks = {region.path: region for region in all_blocks(graph)}
-    # From the last to the first: an entry that is an earlier block's exit must still be there when it is named.
-    for path in sorted(paths, key=lambda path: -list(blocks).index(path)):
-        for stream in blocks[path].streams:
-            exit_node = rewrite.node_named(graph, stream.exit)
-            exit_node.replace_all_uses_with(rewrite.node_named(graph, stream.entry))
-    return program.with_graph(rewrite.finish(graph))
 
 
 def _named(blocks: tuple[Region, ...], name: str) -> Region:
@@ -101,50 +123,3 @@ def _named(blocks: tuple[Region, ...], name: str) -> Region:
     raise PassError(
         f"prune_layers: no block is called {name!r}; {did_you_mean(name, [region.path for region in blocks])}"
     )
-
-
-def _greedy(
-    program: Program, calibration: Calibration, blocks: tuple[Region, ...], wanted: int
-) -> tuple[list[str], dict[str, float]]:
-    at = snapshots(program, calibration, _SNAPSHOTS)
-    with torch.no_grad():
-        expected = [program.graph(*inputs)[0] for _, inputs in at]
-    removed: list[str] = []
-    scores: dict[str, float] = {}
-    left = [region.path for region in blocks]
-    trials = sum(len(left) - i for i in range(wanted))
-    done = 0
-    for _ in range(wanted):
-        errors = {}
-        for path in left:
-            errors[path] = output_error(remove_blocks(program, [*removed, path]), at, expected)
-            done += 1
-            calibration.progress(done / trials, f"pruning: trying without {path}")
-        best = min(errors, key=lambda path: errors[path])
-        removed.append(best)
-        left.remove(best)
-        scores[best] = errors[best]
-    return removed, scores
-
-
-def _by_influence(
-    program: Program, calibration: Calibration, blocks: tuple[Region, ...], wanted: int
-) -> tuple[list[str], dict[str, float]]:
-    ends = {name for region in blocks for stream in region.streams for name in (stream.entry, stream.exit)}
-    by_entry = defaultdict(list)
-    for region in blocks:
-        for stream in region.streams:
-            by_entry[stream.exit].append((stream.entry, region.path))
-    values: dict[str, Tensor] = {}
-    totals: dict[str, list[float]] = defaultdict(list)
-
-    def tap(step: int, name: str, value: Tensor) -> None:
-        values[name] = value
-        for entry, path in by_entry.get(name, ()):
-            cosine = torch.nn.functional.cosine_similarity(values[entry].flatten(2), value.flatten(2), dim=-1)
-            totals[path].append(1.0 - float(cosine.mean()))
-
-    calibration.observe(program, sorted(ends), tap, "pruning: block influence")
-    scores = {path: sum(found) / len(found) for path, found in totals.items()}
-    removed = sorted(scores, key=lambda path: scores[path])[:wanted]
-    return removed, {path: scores[path] for path in removed}

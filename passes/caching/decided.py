@@ -14,10 +14,10 @@ from ...compiler.errors import PassError
 from ...compiler.execute import run
 from ...compiler.plan import Mask, Predicate, Rule
 from ...compiler.program import Program
-from ...compiler.regions import Region, find_regions
+from ...compiler.regions import Region, block_lists, find_regions
 from ...compiler.rewrite import aten
 from ...compiler.trace import Trace, Watched, record
-from .sites import Candidate, block_lists
+from .sites import Candidate
 
 MOST_APART = 3  # decisions of one step: each doubles the kinds of steps, and so the graphs
 

@@ -12,7 +12,7 @@ import numpy as np
 from ...compiler.calibrate import Calibration
 from ...compiler.plan import Mask, Plan
 from ...compiler.program import Decision, Program
-from ...compiler.regions import find_regions
+from ...compiler.regions import block_lists, find_regions
 from ...compiler.trace import Trace, Watched, record
 from ..quantize import Quantize
 from . import replay
@@ -23,7 +23,7 @@ from .options import MEASURED, CacheOptions
 from .router import learn_masks
 from .search import search_masks
 from .segmentation import bubbling_union, leader_first
-from .sites import Candidate, block_lists
+from .sites import Candidate
 from .writing import forced_mask, left_behind, write_predicates, write_site
 
 Steps = dict[str, list[int]]  # unit of sites -> the steps that compute it

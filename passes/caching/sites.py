@@ -10,7 +10,7 @@ from torch import fx
 
 from ...compiler import rewrite
 from ...compiler.errors import PassError
-from ...compiler.regions import Region, find_prediction, find_regions, module_path
+from ...compiler.regions import Region, block_lists, find_prediction, find_regions, module_path
 from ...compiler.rewrite import aten
 
 Refused = list[tuple[str, str]]
@@ -62,15 +62,6 @@ def find_sites(
     else:
         found = _output(graph)
     return tuple(_told_apart(found))
-
-
-def block_lists(regions: tuple[Region, ...]) -> dict[str, list[Region]]:
-    """Top-level blocks by the list that holds them, in order."""
-    lists: dict[str, list[Region]] = {}
-    for region in regions:
-        if region.is_block:
-            lists.setdefault(region.path.rpartition(".")[0], []).append(region)
-    return lists
 
 
 def _told_apart(sites: Iterable[Candidate]) -> Iterator[Candidate]:

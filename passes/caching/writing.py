@@ -12,11 +12,11 @@ from torch import fx
 from ...compiler.errors import PassError
 from ...compiler.plan import Mask, Predicate, Rule, Site, copies, every, taylor
 from ...compiler.program import Decision, Program
-from ...compiler.regions import find_regions
+from ...compiler.regions import block_lists, find_regions
 from . import schedules
 from .decided import predicates
 from .options import MEASURED, CacheOptions
-from .sites import Candidate, Refused, block_lists, find_sites
+from .sites import Candidate, Refused, find_sites
 
 _KEY_STEPS = {50: (0, 1, 2, 3, 5, 10, 15, 25, 35)}  # Faster Diffusion's published list, by the number of steps
 

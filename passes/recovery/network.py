@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from ...compiler import rewrite
-from ...compiler.errors import PassError
 from ...compiler.execute import step_values
 from ...compiler.program import Program
 from ...compiler.regions import find_prediction
@@ -32,13 +31,14 @@ class Network:
     def __call__(self, step: int, slots: Mapping[str, Tensor]) -> list[Tensor]:
         return list(self.program.graph(*step_values(self.program, step, slots)))
 
-    def unfreeze(self) -> None:
-        """Give it weights of its own to train: the model's parameters, not its buffers; all, where none is marked."""
+    def unfreeze(self, names: Collection[str] | None = None) -> None:
+        """Give it weights of its own to train: those of these paths, else the model's parameters, not its buffers (all,
+        where none is marked as a parameter)."""
         graph = rewrite.clone(self.program.graph)
         found = {name: weight for name, weight in rewrite.weights(graph).items() if weight.is_floating_point()}
-        parameters = {name: weight for name, weight in found.items() if isinstance(weight, torch.nn.Parameter)}
-        for name, weight in (parameters or found).items():
-            self.weights[name] = weight.detach().clone().requires_grad_()
+        marked = [name for name, weight in found.items() if isinstance(weight, torch.nn.Parameter)]
+        for name in marked or found if names is None else names:
+            self.weights[name] = found[name].detach().clone().requires_grad_()
             rewrite.assign(graph, name, self.weights[name])
         self.program = self.program.with_graph(rewrite.finish(graph))
 
@@ -47,12 +47,3 @@ def prediction(graph: fx.GraphModule) -> fx.Node:
     """Of a graph that does not tell the network from the sampler, the next sample."""
     found = find_prediction(graph)
     return found[0] if found else rewrite.output_values(graph)[0]
-
-
-def load(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Put values into weights of the same names. Raises PassError where their shapes differ."""
-    with torch.no_grad():
-        for name, weight in weights.items():
-            if weight.shape != values[name].shape:
-                raise PassError(f"{name}: kept with shape {list(values[name].shape)}, needed {list(weight.shape)}")
-            weight.copy_(values[name])

@@ -27,14 +27,17 @@ Loss = Callable[[int, float], Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """steps: of the optimiser. rate: of AdamW at its highest, falling by a cosine to a hundredth. average: decay of the
-    average of the weights, which is what training gives. clip: largest norm of the gradients."""
+    """steps: of the optimiser. rate: of AdamW at its highest, falling by a cosine to a hundredth. average: decay of
+    the average of the weights, which is what training gives. clip: largest norm of the gradients. faster: weights whose
+    rate is `times` as high.
+    """
 
     steps: int
     rate: float = 2e-4
     average: float = 0.999
     clip: float = 1.0
-    decay: float = 0.0
+    faster: Sequence[str] = ()
+    times: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def train(
 def _learn(state: _State, leaves: Sequence[Tensor], loss: Loss, settings: Settings) -> float:
     done = state.step / settings.steps
     for group in state.optimiser.param_groups:
-        group["lr"] = settings.rate * _rate(state.step, settings.steps)
+        group["lr"] = group["times"] * settings.rate * _rate(state.step, settings.steps)
     state.optimiser.zero_grad()
     found = loss(state.step, done)
     found.backward(inputs=leaves)
@@ -109,7 +112,10 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _begun(names: Sequence[str], leaves: Sequence[Tensor], settings: Settings, store: Store, key: str) -> _State:
-    optimiser = torch.optim.AdamW(leaves, lr=settings.rate, weight_decay=settings.decay)
+    fast = [leaf for name, leaf in zip(names, leaves, strict=True) if name in settings.faster]
+    slow = [leaf for name, leaf in zip(names, leaves, strict=True) if name not in settings.faster]
+    groups = [{"params": own, "times": times} for own, times in ((slow, 1.0), (fast, settings.times)) if own]
+    optimiser = torch.optim.AdamW(groups, lr=settings.rate, weight_decay=0.0)
     kept = store.get(key)
     if kept is None:
         return _State(0, [leaf.detach().clone() for leaf in leaves], optimiser)

@@ -12,7 +12,7 @@ from dcompile.compiler.calibrate import example_conditions
 from dcompile.compiler.execute import run
 from dcompile.compiler.program import Program
 from dcompile.compiler.regions import Region, all_blocks, find_regions
-from dcompile.passes.prune_layers import remove_blocks
+from dcompile.passes.depth.removal import remove_blocks
 
 ProgramOf = Callable[[str], Program]
 # Blocks by the list that holds them: (class, number, residual streams of the first, branches of each of these streams).

@@ -8,7 +8,7 @@ import torch
 from dcompile.compiler import rewrite
 from dcompile.compiler.program import Program
 from dcompile.compiler.regions import all_blocks
-from dcompile.passes.prune_layers import remove_blocks
+from dcompile.passes.depth.removal import remove_blocks
 
 ProgramOf = Callable[[str], Program]
 

@@ -185,7 +185,7 @@ def test_one_short_list_among_others_is_named(unet: Program) -> None:
 
 
 def test_network_without_blocks(tokens: Program) -> None:
-    from dcompile.passes.prune_layers import remove_blocks
+    from dcompile.passes.depth.removal import remove_blocks
 
     bare = remove_blocks(tokens, [block.path for block in all_blocks(tokens.graph)])
     for site in ("auto", "range", "branch", "cut"):

@@ -17,7 +17,8 @@ from dcompile.compiler.ingest import Source, ingest
 from dcompile.compiler.program import Decision, Program
 from dcompile.compiler.regions import all_blocks
 from dcompile.passes.cache_steps import CacheSteps
-from dcompile.passes.prune_layers import PruneLayers, remove_blocks
+from dcompile.passes.depth.removal import remove_blocks
+from dcompile.passes.prune_layers import PruneLayers
 
 CalibrationOf = Callable[[Program], Calibration]
 

@@ -22,7 +22,8 @@ from dcompile.compiler.pipeline import run_passes
 from dcompile.compiler.program import Pass, Program
 from dcompile.compiler.store import NOWHERE, Store
 from dcompile.passes.cache_steps import CacheSteps
-from dcompile.passes.prune_layers import PruneLayers, remove_blocks
+from dcompile.passes.depth.removal import remove_blocks
+from dcompile.passes.prune_layers import PruneLayers
 from dcompile.passes.recover import Recover
 from dcompile.passes.recovery import trainer
 from dcompile.passes.recovery.losses import feature_loss, matched, typical
