@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,16 +140,19 @@ def add_input(module: fx.GraphModule, name: str, example: Tensor) -> fx.Node:
     return node
 
 
-def call(module: fx.GraphModule, before: fx.Node, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:
+def call(
+    module: fx.GraphModule, before: fx.Node, target: Any, *args: Any, like: fx.Node | None = None, **options: Any
+) -> fx.Node:
     """A new call placed before `before`; its value is worked out on the arguments' fake values.
 
     `like` lends the module path (`nn_module_stack`), so that the new node still belongs to its region.
+    options: keyword arguments, no nodes among them.
     """
     with module.graph.inserting_before(before):
-        node = module.graph.call_function(target, args)
+        node = module.graph.call_function(target, args, options)
     if like is not None and "nn_module_stack" in like.meta:
         node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
-    node.meta["val"] = fake_result(target, args)
+    node.meta["val"] = fake_result(partial(target, **options), args)
     return node
 
 

@@ -6,11 +6,19 @@ from typing import Any
 
 from .cache_steps import CacheSteps
 from .fold_timestep import FoldTimestep
+from .mixture_of_experts import MixtureOfExperts
 from .prune_layers import PruneLayers
 from .quantize import Quantize
 from .recover import Recover
 
-PASSES: dict[str, type[Any]] = {cls.name: cls for cls in (PruneLayers, Recover, CacheSteps, Quantize, FoldTimestep)}
+PASSES: dict[str, type[Any]] = {
+    cls.name: cls for cls in (PruneLayers, MixtureOfExperts, Recover, CacheSteps, Quantize, FoldTimestep)
+}
 SHORT_NAMES = {
-    "prune": "prune_layers", "recover": "recover", "cache": "cache_steps", "quant": "quantize", "fold": "fold_timestep",
-}  # fmt: skip
+    "prune": "prune_layers",
+    "moe": "mixture_of_experts",
+    "recover": "recover",
+    "cache": "cache_steps",
+    "quant": "quantize",
+    "fold": "fold_timestep",
+}

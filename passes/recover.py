@@ -101,7 +101,7 @@ class Recover:
             return PassResult(program, Record(self.name, refused=(("every weight", why),)))
         graph = rewrite.clone(program.graph)
         for name, value in decision.tensors.items():
-            rewrite.assign(graph, name, torch.from_numpy(value))
+            rewrite.assign(graph, name, torch.nn.Parameter(torch.from_numpy(value)))
         refused: tuple[tuple[str, str], ...] = ()
         if "stopped" in decision.choices:
             why = f"the loss diverged at step {decision.choices['stopped']}; the weights before are kept: lower rate"

@@ -90,7 +90,7 @@ def test_every_pass_has_its_name_and_one_short_name() -> None:
     [
         ("prune,chache", "step 2: no pass is called 'chache'; did you mean 'cache'?"),
         ("quantise", "step 1: no pass is called 'quantise'; did you mean 'quantize'?"),
-        ("xyzzy", "known: prune, cache, quant, fold, prune_layers"),
+        ("xyzzy", "known: prune, moe, recover, cache, quant, fold, prune_layers"),
         ("prune:ration=0.1", "step 1 ('prune'): unknown option 'ration'; did you mean 'ratio'?"),
         ("cache,cache:name=x", "step 2 ('cache'): unknown option 'name'"),
         ("prune:ratio=1.5", "step 1: prune_layers: ratio is 1.5, needed 0 to 1"),
@@ -98,7 +98,7 @@ def test_every_pass_has_its_name_and_one_short_name() -> None:
         ("prune:ratio=.nan", "ratio is nan, needed 0 to 1"),
         ("prune:count=-1", "prune_layers: count is -1, needed 0 or more"),
         ("prune:ratio=much", "step 1 ('prune'): ratio is 'much': Input should be a valid number"),
-        ("prune:method=random", "step 1 ('prune'): method is 'random': Input should be 'greedy' or 'influence'"),
+        ("prune:method=random", "step 1 ('prune'): method is 'random': Input should be 'greedy', 'influence', "),
         ("prune:blocks=a.1", "step 1 ('prune'): blocks is 'a.1': Input should be a valid list, as in [a,b]"),
         ("cache:interval=0", "cache_steps: interval is 0, needed 1 or more"),
         ("cache:warmup=0", "cache_steps: warmup is 0, needed 1 or more"),
@@ -119,6 +119,10 @@ def test_options_of_a_pass_are_complete_and_json() -> None:
         "count": None,
         "method": "greedy",
         "blocks": ["a.1"],
+        "keep": 1,
+        "of": 2,
+        "steps": 400,
+        "batch": 16,
     }
     for cls in PASSES.values():
         options = options_of(cls())

@@ -69,7 +69,7 @@ def test_updates_change_nothing_until_they_are_trained(dit: Program) -> None:
     rewrite.assign(module, paths[-1], torch.randn(up.shape))
     moved = rewrite.finish(module)(*values)[0]
     assert not torch.allclose(moved, dit.graph(*values)[0], atol=1e-4)
-    weight = str(linears[-1].args[1].target)
+    weight = str(linears[-1].all_input_nodes[1].target)
     merged = rewrite.clone(dit.graph)
     with torch.no_grad():
         total = rewrite.attribute(dit.graph, weight) + 2.0 * rewrite.attribute(module, paths[-1]) @ down
