@@ -23,6 +23,7 @@ from dcompile.exporters.lower import Lowered, lower
 from dcompile.exporters.parity import Parity, check_parity
 from dcompile.exporters.target import TargetOptions, Written
 from dcompile.passes.cache_steps import CacheSteps
+from dcompile.passes.mixture_of_experts import MixtureOfExperts
 from dcompile.passes.quantize import Quantize
 from dcompile.quant import formats
 from dcompile.runtime.errors import EngineError
@@ -101,6 +102,13 @@ def test_a_value_may_be_a_state_and_what_the_next_engine_takes(dit: Program, tmp
     lowered = lower(program, "segments")
     twice = [e for e in lowered.engines.values() if len(set(rewrite.output_values(e.graph))) < len(e.outputs)]
     assert twice
+    assert all(result.relative_error < 1e-5 for result in parity(program, lowered, write(lowered, tmp_path)))
+
+
+def test_experts(dit: Program, calibration_of: Calibrate, tmp_path: Path) -> None:
+    step = MixtureOfExperts(experts=4, active=1)
+    program = step.apply(dit, step.decide(dit, calibration_of(dit))).program
+    lowered = lower(program)
     assert all(result.relative_error < 1e-5 for result in parity(program, lowered, write(lowered, tmp_path)))
 
 

@@ -24,6 +24,7 @@ from dcompile.exporters.target import TargetOptions, Written
 from dcompile.exporters.tensorrt import target
 from dcompile.exporters.tensorrt.target import PROFILES, TARGET
 from dcompile.passes.cache_steps import CacheSteps
+from dcompile.passes.mixture_of_experts import MixtureOfExperts
 from dcompile.passes.quantize import Quantize
 from dcompile.runtime.cuda import why_no_gpu
 from dcompile.runtime.errors import EngineError
@@ -157,6 +158,19 @@ def test_engines_share_the_weights_they_are_built_from(cached: Program, tmp_path
 
 
 # --- profiles and GPUs ---
+
+
+@elsewhere
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_experts(
+    precision: str, dit: Program, calibration_of: Callable[[Program], Calibration], tmp_path: Path
+) -> None:
+    step = MixtureOfExperts(experts=4, active=1)
+    program = step.apply(dit, step.decide(dit, calibration_of(dit))).program
+    written = write(program, tmp_path, TargetOptions(precision=precision))
+    assert any(kernel == f"gemm {precision}" for kernel in written.kernels["full"])
+    if precision == "fp32":  # in fp16 other tokens are chosen where two score alike
+        assert all(result.relative_error < 1e-5 for result in parity(program, written))
 
 
 def test_named_profiles(tokens: Program, tmp_path: Path) -> None:
