@@ -53,15 +53,20 @@ class MixtureOfExperts:
             return Decision()
         scores = importances(program, feeds, calibration)
         splits = [deal(score, self._shared(feed), self.experts) for score, feed in zip(scores, feeds, strict=True)]
-        routers = fit_routers(program, feeds, splits, calibration)
+        routers = fit_routers(program, feeds, splits, self.active, calibration)
         tensors: dict[str, Any] = {}
-        for feed, split, (weight, bias) in zip(feeds, splits, routers, strict=True):
-            tensors |= {f"{feed.path}.units": split.units, f"{feed.path}.router": weight, f"{feed.path}.bias": bias}
+        for feed, split, router in zip(feeds, splits, routers, strict=True):
+            parts = {"units": split.units, "router": router.weight, "bias": router.bias}
+            tensors |= {f"{feed.path}.{name}": part for name, part in parts.items()}
         kept = [
             float(score[split.units[: split.shared]].sum() / score.sum())
             for score, split in zip(scores, splits, strict=True)
         ]
-        return Decision({"importance_shared": [round(each, 4) for each in kept]}, tensors)
+        taken = {
+            feed.path: [round(part, 4) for part in router.taken] for feed, router in zip(feeds, routers, strict=True)
+        }
+        choices = {"importance_shared": [round(each, 4) for each in kept], "tokens_by_experts_taken": taken}
+        return Decision(choices, tensors)
 
     def apply(self, program: Program, decision: Decision, /) -> PassResult:
         graph = rewrite.clone(program.graph)

@@ -90,24 +90,52 @@ def importances(program: Program, feeds: Sequence[FeedForward], calibration: Cal
     return totals
 
 
+@dataclass(frozen=True)
+class Router:
+    """A layer that scores experts for a token. weight: float32 [experts, D]. bias: [experts].
+
+    taken: float [experts + 1], the part of the tokens that so many experts take, on the runs it was fitted to.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    taken: tuple[float, ...]
+
+
 def fit_routers(
-    program: Program, feeds: Sequence[FeedForward], splits: Sequence[Split], calibration: Calibration
-) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """For each feed-forward (weight [experts, D], bias [experts]) of a layer that says how much each expert adds to a
-    token: least squares on the sizes of their outputs, to a mean of 0 and a deviation of 0.1 over tokens."""
+    program: Program, feeds: Sequence[FeedForward], splits: Sequence[Split], active: int, calibration: Calibration
+) -> list[Router]:
+    """For each feed-forward a router that says how much each expert adds to a token: least squares on the sizes of
+    their outputs, to a mean of 0 and a deviation of 0.1 over tokens."""
     entries = {feed.entry: feed for feed in feeds}
     tokens: dict[str, list[Tensor]] = {feed.path: [] for feed in feeds}
     wanted = sorted({round(i) for i in np.linspace(0, program.steps - 1, STEPS)})
 
     def tap(step: int, name: str, value: Tensor) -> None:
         if step in wanted:
-            tokens[entries[name].path].append(value.flatten(0, 1))
+            tokens[entries[name].path].append(value)
 
     calibration.observe(program, list(entries), tap, "recording what routers will see")
-    return [
-        _fit(_sizes(program.graph, feed, split, torch.cat(tokens[feed.path])), torch.cat(tokens[feed.path]))
-        for feed, split in zip(feeds, splits, strict=True)
-    ]
+    found = []
+    for feed, split in zip(feeds, splits, strict=True):
+        x = torch.cat(tokens.pop(feed.path))  # [samples, N, D]
+        weight, bias = _fit(_sizes(program.graph, feed, split, x.flatten(0, 1)), x.flatten(0, 1))
+        scores = torch.nn.functional.linear(x, torch.from_numpy(weight), torch.from_numpy(bias))
+        found.append(Router(weight, bias, taken_by(scores, active)))
+    return found
+
+
+def capacity(tokens: int, experts: int, active: int) -> int:
+    """Tokens of a sample that each expert takes, so that a token has `active` of them on average."""
+    return min(tokens, -(-tokens * active // experts))
+
+
+def taken_by(scores: Tensor, active: int) -> tuple[float, ...]:
+    """The part of the tokens that 0, 1, ... experts take. scores: [samples, N, experts]."""
+    _, tokens, experts = scores.shape
+    places = scores.transpose(1, 2).topk(capacity(tokens, experts, active)).indices
+    taken = torch.zeros(scores.shape[0], tokens).scatter_add(1, places.flatten(1), torch.ones(places.flatten(1).shape))
+    return tuple(float((taken == count).float().mean()) for count in range(experts + 1))
 
 
 def _sizes(graph: fx.GraphModule, feed: FeedForward, split: Split, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ...compiler import rewrite
 from ...compiler.rewrite import aten
 from .feed_forward import FeedForward, held, rows_of, write_inner
-from .grouping import Split
+from .grouping import Split, capacity
 
 
 def replace_feed_forward(
@@ -27,20 +27,18 @@ def replace_feed_forward(
     down = rewrite.node_named(module, feed.down)
     entry = rewrite.node_named(module, feed.entry)
     tokens, width = (int(size) for size in rewrite.shape_of(entry)[1:])
-    capacity = min(tokens, -(-tokens * active // split.experts))
+    each = capacity(tokens, split.experts, active)
     write = _Writer(module, feed, down)
     shared = write.shared(split)
     scores = write.linear(entry, "router", torch.from_numpy(router[0]), torch.from_numpy(router[1]))
-    best = write.call(aten.topk.default, write.call(aten.transpose.int, scores, 1, 2), capacity)
+    best = write.call(aten.topk.default, write.call(aten.transpose.int, scores, 1, 2), each)
     values, places = (write.call(operator.getitem, best, index) for index in (0, 1))
     gates = write.call(aten.mul.Tensor, write.call(aten.sigmoid.default, values), 2.0)
-    flat = write.call(aten.reshape.default, places, [-1, split.experts * capacity, 1])
+    flat = write.call(aten.reshape.default, places, [-1, split.experts * each, 1])
     index = write.call(aten.expand.default, flat, [-1, -1, width])
     chosen = write.call(aten.gather.default, entry, 1, index)
-    added = write.experts(split, chosen, capacity, width)
-    added = write.call(
-        aten.mul.Tensor, added, write.call(aten.reshape.default, gates, [-1, split.experts * capacity, 1])
-    )
+    added = write.experts(split, chosen, each, width)
+    added = write.call(aten.mul.Tensor, added, write.call(aten.reshape.default, gates, [-1, split.experts * each, 1]))
     out = int(rewrite.shape_of(down)[-1])
     into = index if out == width else write.call(aten.expand.default, flat, [-1, -1, out])
     total = write.call(aten.scatter_add.default, shared, 1, into, added)
@@ -76,11 +74,11 @@ class _Writer:
         weight, bias = held(self.module, self.before)
         return self.linear(hidden, "shared.down", weight[:, units], bias)
 
-    def experts(self, split: Split, chosen: fx.Node, capacity: int, width: int) -> fx.Node:
-        """[B, experts * capacity, D] -> the same of the layer out."""
+    def experts(self, split: Split, chosen: fx.Node, each: int, width: int) -> fx.Node:
+        """[B, experts * each, D] -> the same of the layer out. each: tokens of an expert."""
         hidden, count = self.feed.hidden, split.experts
         parts = [torch.from_numpy(split.of_expert(index)) for index in range(count)]
-        x = self.call(aten.reshape.default, chosen, [-1, count, capacity, width])
+        x = self.call(aten.reshape.default, chosen, [-1, count, each, width])
         x = self.call(aten.reshape.default, self.call(aten.transpose.int, x, 0, 1), [count, -1, width])
         made = {}
         for up in self.ups:
@@ -96,8 +94,8 @@ class _Writer:
         stacked = torch.stack([weight[:, units].T for units in parts])
         y = self.call(aten.bmm.default, inner, self.weight("experts.down.weight", stacked))
         out = len(weight)
-        y = self.call(aten.transpose.int, self.call(aten.reshape.default, y, [count, -1, capacity, out]), 0, 1)
-        return self.call(aten.reshape.default, y, [-1, count * capacity, out])
+        y = self.call(aten.transpose.int, self.call(aten.reshape.default, y, [count, -1, each, out]), 0, 1)
+        return self.call(aten.reshape.default, y, [-1, count * each, out])
 
 
 def _input(linear: fx.Node) -> fx.Node:

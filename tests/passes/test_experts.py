@@ -24,7 +24,7 @@ from dcompile.exporters.parity import check_parity
 from dcompile.exporters.target import TargetOptions
 from dcompile.passes.cache_steps import CacheSteps
 from dcompile.passes.experts.feed_forward import FeedForward, find_feed_forwards, run_units
-from dcompile.passes.experts.grouping import Split, deal, fit_routers, importances
+from dcompile.passes.experts.grouping import Split, deal, fit_routers, importances, taken_by
 from dcompile.passes.experts.layer import replace_feed_forward
 from dcompile.passes.mixture_of_experts import MixtureOfExperts
 from dcompile.passes.recover import Recover
@@ -105,14 +105,22 @@ def test_a_unit_that_nothing_reads_matters_nothing(dit: Program, calibration_of:
 def test_routers_know_which_expert_adds_most(dit: Program, calibration_of: CalibrationOf) -> None:
     feeds = find_feed_forwards(dit.graph)
     splits = [deal(np.arange(feed.hidden, dtype=np.float64), feed.hidden // 4, 4) for feed in feeds]
-    routers = fit_routers(dit, feeds, splits, calibration_of(dit))
-    for feed, split, (weight, bias) in zip(feeds, splits, routers, strict=True):
+    routers = fit_routers(dit, feeds, splits, 1, calibration_of(dit))
+    for feed, split, router in zip(feeds, splits, routers, strict=True):
         (x,) = (value.flatten(0, 1) for value in seen(dit, [feed.entry]))
-        scores = x @ torch.from_numpy(weight).T + torch.from_numpy(bias)
+        scores = x @ torch.from_numpy(router.weight).T + torch.from_numpy(router.bias)
         parts = [run_units(dit.graph, feed, torch.from_numpy(split.of_expert(i)), x).norm(dim=-1) for i in range(4)]
         fits = np.corrcoef(scores[:, 0].numpy(), parts[0].numpy())[0, 1]
         assert fits > 0.2  # of a network of random weights; of a router that knows nothing, 0
         assert float(scores.std()) == pytest.approx(0.1, rel=0.8)
+        assert sum(router.taken) == pytest.approx(1.0)
+        assert sum(count * part for count, part in enumerate(router.taken)) == pytest.approx(1.0)  # active, on average
+
+
+def test_how_many_experts_take_a_token() -> None:
+    scores = torch.tensor([[[9.0, 9.0], [8.0, 1.0], [7.0, 8.0], [0.0, 0.0]]])  # four tokens, two experts, two each
+    assert taken_by(scores, active=1) == (0.25, 0.5, 0.25)
+    assert taken_by(scores, active=2) == (0.0, 0.0, 1.0)
 
 
 # ---- the layer ------------------------------------------------------------------------------------------------------
