@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Recover:
     steps: of training. batch: samples a step of training, from four steps of the sampler. rate: of AdamW at its
     highest; it falls by a cosine. features: weight of what the blocks say beside what the network predicts, falling to
     0 (TinyFusion, 2412.01199); blocks are matched by their place. average: decay of the average of the weights, which
-    is what is kept.
+    is what is kept. precision: of the products in training; weights, averages and what is matched stay in fp32.
 
     Left alone: everything, where no pass before changed the network. Must run before cache_steps, quantize and
     fold_timestep, which measure the weights as they then are.
@@ -43,6 +43,7 @@ class Recover:
     rate: float = 2e-4
     features: float = 0.01
     average: float = 0.999
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         for option, least in (("steps", 1), ("batch", _TIMES)):
@@ -86,13 +87,14 @@ class Recover:
 
     def _loss(self, student: Network, whole: Network, examples: Trajectories, number: int, features: float) -> Tensor:
         example = examples.example(number, _TIMES)
-        found, *mine = student(example.step, example.slots)
-        loss = output_loss(found, example.expected)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+            found, *mine = student(example.step, example.slots)
+            with torch.no_grad():
+                theirs = whole(example.step, example.slots)[1:] if features else []
+        loss = output_loss(found.float(), example.expected)
         if not features:
             return loss
-        with torch.no_grad():
-            _, *theirs = whole(example.step, example.slots)
-        return loss + features * feature_loss(mine, theirs)
+        return loss + features * feature_loss([each.float() for each in mine], [each.float() for each in theirs])
 
     def apply(self, program: Program, decision: Decision, /) -> PassResult:
         _refuse_late(program)

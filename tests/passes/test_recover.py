@@ -202,6 +202,18 @@ def test_features_count(dit: Program, pruned: Program, calibration_of: Calibrati
     assert not without.choices["matched"]
 
 
+def test_products_in_bf16(dit: Program, pruned: Program, calibration_of: CalibrationOf) -> None:
+    calibration = calibration_of(dit)
+    half, full = (Recover(**SMALL, precision=precision) for precision in ("bf16", "fp32"))
+    trained = half.decide(pruned, calibration)
+    others = full.decide(pruned, calibration).tensors
+    assert all(value.dtype == np.float32 for value in trained.tensors.values())
+    assert not all(np.array_equal(value, others[name]) for name, value in trained.tensors.items())
+    recovered = half.apply(pruned, trained).program
+    before, after = (calibration.error(each)["relative_error"] for each in (pruned, recovered))
+    assert after < 0.8 * before
+
+
 def test_what_was_not_cut_stays(dit: Program, calibration_of: CalibrationOf) -> None:
     step = Recover(**SMALL)
     decision = step.decide(dit, calibration_of(dit))
