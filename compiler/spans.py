@@ -67,6 +67,8 @@ def _read_ahead(program: Program, variant: Variant) -> dict[fx.Node, _Class]:
             f"steps cannot run as one batch: {moved[0].name} of a step that reuses reads the sample; give span=1, or "
             "sites that leave nothing of it to the later layers (site=encoder)"
         )
+    if not any(kinds[node] == "ahead" for node in layers):
+        raise PassError("steps cannot run as one batch: one that reuses has no layers left to run; give span=1")
     return kinds
 
 

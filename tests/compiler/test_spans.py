@@ -124,3 +124,8 @@ def test_a_network_that_reads_the_sample_is_refused(dit: Program, unet: Program)
 def test_states_that_each_step_leaves_behind_are_refused(dit: Program) -> None:
     with pytest.raises(PassError, match="each of them leaves"):
         validate(cached(dit, 2, method="lesa"))
+
+
+def test_steps_without_layers_are_refused(dit: Program) -> None:
+    with pytest.raises(PassError, match="one that reuses has no layers left to run; give span=1"):
+        validate(cached(dit, 2, method="fora", site="output", schedule="interval"))
