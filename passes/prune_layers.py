@@ -25,7 +25,7 @@ class PruneLayers:
     trajectory); "influence" ranks all blocks once by 1 - cos(input, output) (ShortGPT's block influence, 2403.03853,
     averaged over steps); "magnitude" by their mean absolute weight; "tinyfusion" learns which `keep` of each `of`
     blocks in a row to keep, over `steps` of training on `batch` samples, as they would be after recovery (2412.01199).
-    A `recover` pass after it does that.
+    A `recover` pass after it does that. seed: of what it draws.
 
     Left alone: (1) regions with an output that carries no residual stream (U-Net stages that change the shape), (2) the
     last block that is left. Must run before cache_steps, whose sites name blocks.
@@ -41,6 +41,7 @@ class PruneLayers:
     of: int = 2
     steps: int = 400
     batch: int = 16
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio <= 1.0:
@@ -49,7 +50,7 @@ class PruneLayers:
             raise RecipeError(f"prune_layers: count is {self.count}, needed 0 or more")
         if not 1 <= self.keep <= self.of:
             raise RecipeError(f"prune_layers: keep is {self.keep} of {self.of} blocks, needed 1 to {self.of}")
-        for option, least in (("steps", 1), ("batch", 4)):
+        for option, least in (("steps", 1), ("batch", 4), ("seed", 0)):
             if getattr(self, option) < least:
                 raise RecipeError(f"prune_layers: {option} is {getattr(self, option)}, needed {least} or more")
 
@@ -94,7 +95,7 @@ class PruneLayers:
             raise PassError(
                 f"prune_layers: the {count} blocks of {path} are no groups of {self.of}; choose another `of`"
             )
-        search = search_depth(program, blocks, self.keep, self.of, calibration, self.steps, self.batch)
+        search = search_depth(program, blocks, self.keep, self.of, calibration, self.steps, self.batch, self.seed)
         removed = [block.path for place, block in enumerate(blocks) if place not in search.kept]
         return Decision({"removed": removed, "likely": list(search.likely), "loss": [*map(list, search.curve)]})
 

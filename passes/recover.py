@@ -30,7 +30,8 @@ class Recover:
     steps: of training. batch: samples a step of training, from four steps of the sampler. rate: of AdamW at its
     highest; it falls by a cosine. features: weight of what the blocks say beside what the network predicts, falling to
     0 (TinyFusion, 2412.01199); blocks are matched by their place. average: decay of the average of the weights, which
-    is what is kept. precision: of the products in training; weights, averages and what is matched stay in fp32.
+    is what is kept. precision: of the products in training; weights, averages and what is matched stay in fp32. seed:
+    of the noise that trajectories start from.
 
     Left alone: everything, where no pass before changed the network. Must run before cache_steps, quantize and
     fold_timestep, which measure the weights as they then are.
@@ -44,9 +45,10 @@ class Recover:
     features: float = 0.01
     average: float = 0.999
     precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for option, least in (("steps", 1), ("batch", _TIMES)):
+        for option, least in (("steps", 1), ("batch", _TIMES), ("seed", 0)):
             if getattr(self, option) < least:
                 raise RecipeError(f"recover: {option} is {getattr(self, option)}, needed {least} or more")
         if self.rate <= 0:
@@ -66,7 +68,7 @@ class Recover:
         student = Network(program, [mine.streams[0].exit for mine, _ in pairs])
         student.unfreeze()
         whole = Network(teacher, [other.streams[0].exit for _, other in pairs])
-        examples = Trajectories(teacher, max(1, self.batch // _TIMES), self.steps * _TIMES)
+        examples = Trajectories(teacher, max(1, self.batch // _TIMES), self.steps * _TIMES, self.seed)
 
         def loss(step: int, done: float) -> Tensor:
             losses = [

@@ -44,28 +44,29 @@ class Search:
 
 
 def search_depth(
-    program: Program, blocks: Sequence[Region], keep: int, of: int, calibration: Calibration, steps: int, batch: int
-) -> Search:
+    program: Program, blocks: Sequence[Region], keep: int, of: int, calibration: Calibration, steps: int, batch: int,
+    seed: int = 0,
+) -> Search:  # fmt: skip
     """Keep `keep` blocks of each `of` in a row. The number of blocks must be a multiple of `of`."""
     ways, groups = masks(keep, of), len(blocks) // of
-    graph, updates = with_updates(gated(program.graph, blocks))
+    graph, updates = with_updates(gated(program.graph, blocks), seed)
     network = Network(program.with_graph(graph))
     network.unfreeze(updates)
     logits = {f"{_LOGITS}.{group}": torch.full((len(ways),), BEGIN, requires_grad=True) for group in range(groups)}
-    examples = Trajectories(calibration.original, max(1, batch // TIMES), steps * TIMES)
+    examples = Trajectories(calibration.original, max(1, batch // TIMES), steps * TIMES, seed)
     halves = 1 if program.contract.guidance == 1.0 else 2
 
     def loss(step: int, done: float) -> Tensor:
         losses = []
         for each in range(TIMES):
             example = examples.example(step * TIMES + each, TIMES)
-            drawn = draw(list(logits.values()), ways, examples.batch, done, seed=step * TIMES + each)
+            drawn = draw(list(logits.values()), ways, examples.batch, done, [seed, step * TIMES + each])
             gates = {f"gate{index}": gate.repeat(halves) for index, gate in enumerate(drawn.unbind(1))}
             losses.append(output_loss(network(example.step, {**example.slots, **gates})[0], example.expected))
         return torch.stack(losses).mean()
 
     settings = Settings(steps, RATE, faster=tuple(logits), times=FASTER)
-    key = digest("tinyfusion", fingerprint(program), fingerprint(calibration.original), keep, of, steps, batch)
+    key = digest("tinyfusion", fingerprint(program), fingerprint(calibration.original), keep, of, steps, batch, seed)
     leaves = {**network.weights, **logits}
     trained = train(leaves, loss, settings, calibration.store, f"{key}-training", calibration.progress)
     kept: list[int] = []
@@ -78,7 +79,7 @@ def search_depth(
     return Search(tuple(kept), tuple(likely), trained.curve)
 
 
-def draw(logits: Sequence[Tensor], ways: Tensor, count: int, done: float, seed: int) -> Tensor:
+def draw(logits: Sequence[Tensor], ways: Tensor, count: int, done: float, seed: Sequence[int]) -> Tensor:
     """[count, blocks] of 0 and 1: for each sample and group a way of its own; its gradient is that of the soft draw."""
     temperature = WARM + (COLD - WARM) * done
     random = np.random.default_rng(seed)

@@ -16,6 +16,7 @@ from ...compiler.program import Program
 from .network import Network
 
 FIRST_SEED = 4_000_000  # of noise that neither calibration nor evaluation starts from
+SEEDS_APART = 1_000_000  # between those of one training and the next
 KEPT_BYTES = 1 << 29  # of trajectories
 REUSED = 4  # times that a state of a trajectory is trained on, on average
 
@@ -36,15 +37,16 @@ class Trajectories:
     on after a stop sees the same.
     """
 
-    def __init__(self, teacher: Program, batch: int, examples: int) -> None:
+    def __init__(self, teacher: Program, batch: int, examples: int, seed: int = 0) -> None:
         self.teacher, self.batch, self.examples = teacher, batch, examples
+        self.first_seed = FIRST_SEED + seed * SEEDS_APART
         self.network = Network(teacher, results=True)
         self.count = max(1, -(-examples // (teacher.steps * REUSED)))
         self._made: OrderedDict[int, list[Example]] = OrderedDict()
 
     def example(self, number: int, among: int) -> Example:
         """One of `among` of a step of training: each is from its own part of the trajectory."""
-        random = np.random.default_rng([FIRST_SEED, number])
+        random = np.random.default_rng([self.first_seed, number])
         reached = 1 + number * self.count // max(self.examples, 1)  # the first examples need not wait for all of them
         trajectory = int(random.integers(min(reached, self.count)))
         share = number % among
@@ -56,7 +58,7 @@ class Trajectories:
         if number in self._made:
             self._made.move_to_end(number)
             return self._made[number]
-        seeds = [FIRST_SEED + number * self.batch + i for i in range(self.batch)]
+        seeds = [self.first_seed + number * self.batch + i for i in range(self.batch)]
         conditions = example_conditions(self.teacher.contract, self.batch, number)
         slots = initial_slots(self.teacher, conditions, seeds)
         found = []

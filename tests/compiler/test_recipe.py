@@ -123,6 +123,7 @@ def test_options_of_a_pass_are_complete_and_json() -> None:
         "of": 2,
         "steps": 400,
         "batch": 16,
+        "seed": 0,
     }
     for cls in PASSES.values():
         options = options_of(cls())
