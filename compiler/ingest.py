@@ -303,21 +303,7 @@ def load_pickle(path: Path, trusted: bool) -> nn.Module:
 
 
 def load_factory(spec: str) -> nn.Module:
-    module_name, _, attribute = spec.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise IngestError(
-            f"{spec}: cannot import {module_name!r} ({error}); is it installed, or in this folder?"
-        ) from error
-    finally:
-        sys.path.pop(0)
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        raise IngestError(
-            f"{spec}: {module_name} has no callable {attribute!r}; {did_you_mean(attribute, dir(module))}"
-        )
+    factory = load_callable(spec)
     try:
         network = factory()
     except Exception as error:
@@ -325,6 +311,26 @@ def load_factory(spec: str) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise IngestError(f"{spec}: returned a {type(network).__name__}; a torch.nn.Module is needed")
     return network.float()
+
+
+def load_callable(spec: str) -> Any:
+    """What `package.module:name` names, looked up in the current folder too. Raises IngestError where it is none."""
+    module_name, _, attribute = spec.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise IngestError(
+            f"{spec}: cannot import {module_name!r} ({error}); is it installed, or in this folder?"
+        ) from error
+    finally:
+        sys.path.pop(0)
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise IngestError(
+            f"{spec}: {module_name} has no callable {attribute!r}; {did_you_mean(attribute, dir(module))}"
+        )
+    return found
 
 
 def check_finite(network: nn.Module) -> None:

@@ -217,6 +217,7 @@ def probe(
     if rows is None:
         raise UnsupportedError(_refusal(scheduler, kind, f"no ring of up to {MAX_RING} outputs reproduces its steps"))
     options = {**_changed_options(scheduler), **run.step_options, **run.timestep_options}
+    signal, noise_level = _marginals(run) or (None, None)
     sampler = Sampler(
         name=f"{run.name}({', '.join(f'{key}={value!r}' for key, value in options.items())})",
         prediction=kind,
@@ -224,6 +225,8 @@ def probe(
         timestep_dtype=trace.timestep_dtype,
         s=trace.scale,
         initial_scale=trace.initial_scale,
+        signal=signal,
+        noise_level=noise_level,
         **rows,
     )
     error = _mismatch(run, sampler)
@@ -233,6 +236,26 @@ def probe(
         )
         raise UnsupportedError(_refusal(scheduler, kind, found))
     return sampler
+
+
+def _marginals(run: _Run) -> tuple[Float64, Float64] | None:
+    """How the scheduler mixes data and noise for training at each row's timestep: (of data, of noise), [T] each."""
+    scheduler = run.start()
+    if hasattr(scheduler, "_begin_index"):
+        scheduler._begin_index = None  # else it answers for the row it stands at, whatever it is asked
+    found = []
+    for data, noise in ((1.0, 0.0), (0.0, 1.0)):
+        one, other = (torch.full((1, 1), value, dtype=torch.float64) for value in (data, noise))
+        try:
+            rows = [
+                scheduler.add_noise(one, other, t[None]) if hasattr(scheduler, "add_noise")
+                else scheduler.scale_noise(one, t[None], other)
+                for t in scheduler.timesteps
+            ]  # fmt: skip
+        except Exception:  # whatever it is that this scheduler does not do
+            return None
+        found.append(np.array([float(row) for row in rows], dtype=np.float64))
+    return (found[0], found[1]) if np.isfinite(found).all() else None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ class Sampler:
     timesteps [T]: the value the network is given; timestep_dtype: how the scheduler itself hands it out.
     s [T]: input scale. p, q [T]: output conversion. a [T], b [T, K] newest output first, n [T]: the update.
     initial_scale: the first sample is initial_scale * normal noise. prediction: epsilon, v_prediction, sample or flow.
-    All arrays are float64 and read-only. H is zero before the first row.
+    signal, noise_level [T]: row i meets samples like signal_i * data + noise_level_i * normal noise; None where the
+    scheduler does not say. All arrays are float64 and read-only. H is zero before the first row.
     Raises: ShapeError where lengths disagree, UnsupportedError where a value is not finite.
     """
 
@@ -41,6 +42,8 @@ class Sampler:
     n: Float64
     initial_scale: float = 1.0
     timestep_dtype: Literal["int64", "float32"] = "float32"
+    signal: Float64 | None = None
+    noise_level: Float64 | None = None
 
     def __post_init__(self) -> None:
         for column in (*_PER_ROW, "b"):

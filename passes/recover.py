@@ -11,14 +11,17 @@ from torch import Tensor
 from ..compiler import rewrite
 from ..compiler.calibrate import Calibration
 from ..compiler.errors import PassError, RecipeError
+from ..compiler.ingest import load_callable
 from ..compiler.program import Decision, PassResult, Program, Record
 from ..compiler.regions import Region, all_blocks
 from ..compiler.store import digest, fingerprint
-from .recovery.examples import Trajectories
+from .recovery.data import Noised
+from .recovery.examples import Examples, Trajectories
 from .recovery.losses import feature_loss, matched, output_loss
 from .recovery.network import Network
 from .recovery.trainer import Settings, train
 
+_OF_DATA = 0.1  # of the loss
 _TIMES = 4  # steps of the trajectory in each batch: one is read at a time
 
 
@@ -26,6 +29,10 @@ _TIMES = 4  # steps of the trajectory in each batch: one is read at a time
 class Recover:
     """Distil the model as it came into what the passes before left of it. Needs no data: the model's own trajectories
     are what is trained on, with its predictions, guidance included.
+
+    data: `package.module:loader`, called as loader(number, samples) -> {"sample": [samples, *shape], and each condition
+    by its name}, the same for the same number. Then its samples with noise are trained on, and a tenth of the loss is
+    what they say themselves (TinyFusion).
 
     steps: of training. batch: samples a step of training, from four steps of the sampler. rate: of AdamW at its
     highest; it falls by a cosine. features: weight of what the blocks say beside what the network predicts, falling to
@@ -46,6 +53,7 @@ class Recover:
     average: float = 0.999
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
+    data: str | None = None
 
     def __post_init__(self) -> None:
         for option, least in (("steps", 1), ("batch", _TIMES), ("seed", 0)):
@@ -68,7 +76,7 @@ class Recover:
         student = Network(program, [mine.streams[0].exit for mine, _ in pairs])
         student.unfreeze()
         whole = Network(teacher, [other.streams[0].exit for _, other in pairs])
-        examples = Trajectories(teacher, max(1, self.batch // _TIMES), self.steps * _TIMES, self.seed)
+        examples = self._examples(teacher)
 
         def loss(step: int, done: float) -> Tensor:
             losses = [
@@ -87,13 +95,21 @@ class Recover:
         }
         return Decision(choices, dict(trained.weights))
 
-    def _loss(self, student: Network, whole: Network, examples: Trajectories, number: int, features: float) -> Tensor:
+    def _examples(self, teacher: Program) -> Examples:
+        batch = max(1, self.batch // _TIMES)
+        if self.data is None:
+            return Trajectories(teacher, batch, self.steps * _TIMES, self.seed)
+        return Noised(teacher, load_callable(self.data), self.data, batch, self.seed)
+
+    def _loss(self, student: Network, whole: Network, examples: Examples, number: int, features: float) -> Tensor:
         example = examples.example(number, _TIMES)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
             found, *mine = student(example.step, example.slots)
             with torch.no_grad():
                 theirs = whole(example.step, example.slots)[1:] if features else []
         loss = output_loss(found.float(), example.expected)
+        if example.truth is not None:
+            loss = (1 - _OF_DATA) * loss + _OF_DATA * output_loss(found.float(), example.truth)
         if not features:
             return loss
         return loss + features * feature_loss([each.float() for each in mine], [each.float() for each in theirs])

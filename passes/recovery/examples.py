@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,11 +24,23 @@ REUSED = 4  # times that a state of a trajectory is trained on, on average
 
 @dataclass(frozen=True)
 class Example:
-    """A batch at one step. slots: what the step graph reads. expected: the teacher's prediction."""
+    """A batch at one step. slots: what the step graph reads. expected: the teacher's prediction. truth: what the data
+    says it should be, where there is data."""
 
     step: int
     slots: Mapping[str, Tensor]
     expected: Tensor
+    truth: Tensor | None = None
+
+
+class Examples(Protocol):
+    """Batches to train on, by number. batch: samples of each."""
+
+    batch: int
+
+    def example(self, number: int, among: int) -> Example:
+        """One of `among` of a step of training: each is from its own part of the trajectory."""
+        ...
 
 
 class Trajectories:
@@ -45,13 +58,10 @@ class Trajectories:
         self._made: OrderedDict[int, list[Example]] = OrderedDict()
 
     def example(self, number: int, among: int) -> Example:
-        """One of `among` of a step of training: each is from its own part of the trajectory."""
         random = np.random.default_rng([self.first_seed, number])
         reached = 1 + number * self.count // max(self.examples, 1)  # the first examples need not wait for all of them
         trajectory = int(random.integers(min(reached, self.count)))
-        share = number % among
-        step = int((share + random.random()) * self.teacher.steps / among)
-        return self._trajectory(trajectory)[min(step, self.teacher.steps - 1)]
+        return self._trajectory(trajectory)[pick_step(random, number % among, among, self.teacher.steps)]
 
     @torch.no_grad()
     def _trajectory(self, number: int) -> list[Example]:
@@ -72,6 +82,11 @@ class Trajectories:
         while len(self._made) > 1 and len(self._made) * _bytes(found) > KEPT_BYTES:
             self._made.popitem(last=False)
         return found
+
+
+def pick_step(random: np.random.Generator, share: int, among: int, steps: int) -> int:
+    """A step of the `share`-th of `among` parts of the trajectory."""
+    return min(int((share + random.random()) * steps / among), steps - 1)
 
 
 def _bytes(examples: list[Example]) -> int:
