@@ -38,7 +38,8 @@ OURS = {
     "glyphs": (
         "method=interval,interval=2", "method=interval,interval=3", "method=interval,interval=5",
         "method=lesa,interval=2", "method=lesa,interval=3", "method=lesa,interval=5", "method=segments,interval=3",
-        "method=fbcache,threshold=0.1",
+        "method=fbcache,threshold=0.08", "method=fbcache,threshold=0.1",
+        "method=dbcache,front=8,warmup=2,threshold=0.08",
     ),
     "glyphs_unet": (
         "method=deepcache,interval=2", "method=deepcache,interval=3", "method=deepcache,interval=5",
