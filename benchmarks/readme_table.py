@@ -27,6 +27,7 @@ def figures() -> str:
         "trt_builds": _trt_builds,
         "layouts": _layouts,
         "noise_aware": _noise_aware,
+        "cache_peers": _cache_peers,
     }
     lines: list[str] = []
     for name, section in sections.items():
@@ -63,6 +64,35 @@ def _cache() -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _cache_peers(results: dict[str, Any]) -> list[str]:
+    lines = [
+        f"The same models and noise through cache-dit and DeepCache in PyTorch, batch {results['run']['batch']}; ours "
+        "is the fastest artifact that is at least as near to the uncached model (`python benchmarks/cache_peers.py`):",
+        "",
+        "| peer | model | a request | PSNR | ours | a request | PSNR | faster |",
+        "|---|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for model, found in results.items():
+        for peer, row in found["rows"].items() if model != "run" else ():
+            if not row["ours"]:
+                title = _MODELS.get(model, TITLES.get(model, model))
+                cells = [peer, title, _seconds(row["latency_s"]), _decibels(row), *_nearest_of_ours(found, peer)]
+                lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _nearest_of_ours(found: dict[str, Any], peer: str) -> list[str]:
+    best = found["at_equal_psnr"].get(peer)
+    if best is None:
+        return ["none as near", "", "", ""]
+    row, name = found["rows"][best["ours"]], best["ours"].removeprefix("dcompile ")
+    return [f"`{name}`", _seconds(row["latency_s"]), _decibels(row), f"{best['times_faster']:.2f}×"]
+
+
+def _decibels(row: dict[str, float]) -> str:
+    return f"{row['psnr']:.1f} dB"
 
 
 def _is_beaten(row: dict[str, str], rows: list[dict[str, str]]) -> bool:
