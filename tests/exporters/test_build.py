@@ -20,7 +20,7 @@ import yaml
 
 from dcompile.compiler.errors import GateError, RecipeError
 from dcompile.compiler.program import Program
-from dcompile.compiler.recipe import Recipe
+from dcompile.compiler.recipe import Recipe, options_of
 from dcompile.exporters import build as builder
 from dcompile.exporters.build import check_recipe, compile_model
 from dcompile.exporters.bundle import is_whole, written_aside
@@ -30,6 +30,7 @@ from dcompile.exporters.onnx.target import export_engines
 from dcompile.exporters.settings import Settings
 from dcompile.exporters.target import TargetOptions
 from dcompile.exporters.targets import find_target
+from dcompile.passes.prune_layers import PruneLayers
 from dcompile.runtime import BundleError
 from dcompile.runtime.manifest import read
 
@@ -74,7 +75,8 @@ def test_layers_that_are_promised_in_int8_run_in_int8(built: Path) -> None:
 def test_the_bundle_holds_the_whole_recipe(built: Path) -> None:
     recipe = yaml.safe_load((built / "recipe.yaml").read_text())
     prune, cache, quant, _ = recipe["passes"]
-    assert prune == {"prune_layers": {"ratio": 0.1, "count": 1, "method": "greedy", "blocks": []}}
+    assert prune == {"prune_layers": options_of(PruneLayers(count=1))}  # defaults too
+    assert prune["prune_layers"]["method"] == "greedy"
     assert cache["cache_steps"]["predictor"] == "taylor1"  # a default
     assert quant["quantize"]["max_error"] == 1
     assert (recipe["steps"], recipe["guidance"], recipe["shape"]) == (4, 2.0, [4, 8, 8])
