@@ -54,7 +54,8 @@ class Noised:
             **{name: torch.from_numpy(each) for name, each in given.items()},
         }
         expected = self.network(step, slots)[0]
-        truth = target(sampler.prediction, data, noise, signal, level)
+        scale = float(sampler.s[step])  # the network is given samples of unit variance, whatever the sampler's own are
+        truth = target(sampler.prediction, data, noise, scale * signal, scale * level)
         halves = len(expected) // len(truth)
         return Example(step, slots, expected, truth.repeat(halves, *[1] * (truth.dim() - 1)))
 

@@ -96,6 +96,20 @@ def test_a_batch_is_the_same_for_the_same_number(dit: Program) -> None:
     assert {noised.example(number, 4).step * 4 // dit.steps for number in range(8)} == {0, 1, 2, 3}
 
 
+def test_the_truth_is_of_what_the_network_is_given(dit: Program) -> None:
+    """Where the sampler's samples are data plus noise, and its input is scaled to unit variance."""
+    sampler = probe(make_scheduler("euler", None, predicts="v_prediction"), dit.steps, prediction="v_prediction")
+    assert sampler.noise_level is not None
+    program = replace(dit, sampler=sampler)
+    example = Noised(program, lambda number, count: batch_of(dit, number, count), "loader", 3).example(5, 4)
+    data = torch.from_numpy(batch_of(dit, 5, 3)["sample"])
+    scale, level = float(sampler.s[example.step]), float(sampler.noise_level[example.step])
+    assert scale < 0.999
+    noise = (example.slots["sample"] - data) / level
+    assert example.truth is not None
+    torch.testing.assert_close(example.truth[:3], scale * noise - scale * level * data, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
