@@ -118,9 +118,14 @@ def inputs_for(program: Program, graph: fx.GraphModule, batch: int) -> Callable[
     return arranged
 
 
+def spread(steps: int, count: int) -> list[int]:
+    """At most `count` of the steps, evenly, the first and the last among them."""
+    return sorted({round(i) for i in np.linspace(0, steps - 1, count)})
+
+
 def snapshots(program: Program, calibration: Calibration, count: int) -> list[tuple[int, list[Tensor]]]:
     """(step, inputs of the step graph) at `count` steps spread over the trajectory of a program without cache sites."""
-    steps = sorted({round(i) for i in np.linspace(0, program.steps - 1, count)})
+    steps = spread(program.steps, count)
     kept: list[tuple[int, list[Tensor]]] = []
     given = inputs_for(program, program.graph, len(calibration.seeds))
 

@@ -14,6 +14,7 @@ from ..compiler.program import Decision, PassResult, Program, Record
 from .experts.feed_forward import FeedForward, find_feed_forwards
 from .experts.grouping import Split, deal, fit_routers, importances
 from .experts.layer import replace_feed_forward
+from .order import refuse_late
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,7 @@ class MixtureOfExperts:
         return PassResult(program.with_graph(rewrite.finish(graph)) if done else program, record)
 
     def _found(self, program: Program) -> tuple[FeedForward, ...]:
-        late = [each.name for each in program.history if each.name in ("cache_steps", "quantize", "fold_timestep")]
-        if late:
-            raise PassError(f"mixture_of_experts: {late[0]} came before; put moe before it")
+        refuse_late(program, self.name, "put moe before it")
         feeds = find_feed_forwards(program.graph)
         if not feeds:
             raise PassError(

@@ -10,17 +10,20 @@ from torch import Tensor
 
 from ..compiler import rewrite
 from ..compiler.calibrate import Calibration
-from ..compiler.errors import PassError, RecipeError
+from ..compiler.errors import RecipeError
 from ..compiler.ingest import load_callable
 from ..compiler.program import Decision, PassResult, Program, Record
+from ..compiler.recipe import options_of
 from ..compiler.regions import Region, all_blocks
 from ..compiler.store import digest, fingerprint
+from .order import refuse_late
 from .recovery.data import Noised
 from .recovery.examples import Examples, Trajectories
 from .recovery.losses import feature_loss, matched, output_loss
 from .recovery.network import Network
 from .recovery.trainer import Settings, train
 
+_ORDER = "put recover between the passes that cut and those"
 _OF_DATA = 0.1  # of the loss
 _TIMES = 4  # steps of the trajectory in each batch: one is read at a time
 
@@ -68,7 +71,7 @@ class Recover:
 
     def decide(self, program: Program, calibration: Calibration, /) -> Decision:
         """The trained weights."""
-        _refuse_late(program)
+        refuse_late(program, self.name, _ORDER)
         teacher = calibration.original
         if program.graph is teacher.graph:
             return Decision()
@@ -85,7 +88,7 @@ class Recover:
             ]
             return torch.stack(losses).mean()
 
-        key = digest("recover", fingerprint(program), fingerprint(teacher), vars(self)) + "-training"
+        key = digest("recover", fingerprint(program), fingerprint(teacher), options_of(self)) + "-training"
         settings = Settings(self.steps, self.rate, self.average)
         trained = train(student.weights, loss, settings, calibration.store, key, calibration.progress)
         choices: dict[str, Any] = {
@@ -115,7 +118,7 @@ class Recover:
         return loss + features * feature_loss([each.float() for each in mine], [each.float() for each in theirs])
 
     def apply(self, program: Program, decision: Decision, /) -> PassResult:
-        _refuse_late(program)
+        refuse_late(program, self.name, _ORDER)
         if not decision.tensors:
             why = "no pass before changed the network, so there is nothing to recover"
             return PassResult(program, Record(self.name, refused=(("every weight", why),)))
@@ -142,9 +145,3 @@ def _pairs(program: Program, teacher: Program) -> list[tuple[Region, Region]]:
 
 def _shape(program: Program, block: Region) -> list[str]:
     return [*map(str, rewrite.shape_of(rewrite.node_named(program.graph, block.streams[0].exit)))]
-
-
-def _refuse_late(program: Program) -> None:
-    late = [record.name for record in program.history if record.name in ("cache_steps", "quantize", "fold_timestep")]
-    if late:
-        raise PassError(f"recover: {late[0]} came before; put recover between the passes that cut and those")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from ...compiler import rewrite
-from ...compiler.calibrate import Calibration, inputs_for
+from ...compiler.calibrate import Calibration, inputs_for, spread
 from ...compiler.execute import run
 from ...compiler.program import Program
 from ...compiler.rewrite import aten
@@ -70,7 +70,7 @@ def importances(program: Program, feeds: Sequence[FeedForward], calibration: Cal
         down.update_arg(0, rewrite.call(graph, down, aten.mul.Tensor, hidden, gate))
     module = rewrite.finish(graph)
     totals = [np.zeros(feed.hidden) for feed in feeds]
-    wanted = sorted({round(i) for i in np.linspace(0, program.steps - 1, STEPS)})
+    wanted = spread(program.steps, STEPS)
     generator = torch.Generator().manual_seed(0)
     given = inputs_for(program, program.graph, len(calibration.seeds))
 
@@ -109,7 +109,7 @@ def fit_routers(
     their outputs, to a mean of 0 and a deviation of 0.1 over tokens."""
     entries = {feed.entry: feed for feed in feeds}
     tokens: dict[str, list[Tensor]] = {feed.path: [] for feed in feeds}
-    wanted = sorted({round(i) for i in np.linspace(0, program.steps - 1, STEPS)})
+    wanted = spread(program.steps, STEPS)
 
     def tap(step: int, name: str, value: Tensor) -> None:
         if step in wanted:
