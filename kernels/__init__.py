@@ -1,6 +1,7 @@
-"""Triton kernels beside their PyTorch references, as operators that a model's graph may hold.
+"""Operators that a model's graph may hold, with what they compute in PyTorch; some are kernels in Triton.
 
-REFERENCES: operator -> the function that computes the same in plain PyTorch, for targets without Triton.
+REFERENCES: operator -> the function that computes the same with PyTorch's own operators, for targets without ours.
+IN_TRITON: those of them that are kernels on a GPU.
 """
 
 from __future__ import annotations
@@ -10,8 +11,14 @@ from typing import Any
 
 import torch
 
+from .experts import ADD_TOKENS, TAKE_TOKENS, added, taken
 from .modulate import modulate, reference
 
-__all__ = ["REFERENCES", "modulate"]
+__all__ = ["ADD_TOKENS", "IN_TRITON", "REFERENCES", "TAKE_TOKENS", "modulate"]
 
-REFERENCES: Mapping[Any, Callable[..., torch.Tensor]] = {torch.ops.dcompile.modulate.default: reference}
+IN_TRITON = (torch.ops.dcompile.modulate.default,)
+REFERENCES: Mapping[Any, Callable[..., torch.Tensor]] = {
+    torch.ops.dcompile.modulate.default: reference,
+    TAKE_TOKENS: taken,
+    ADD_TOKENS: added,
+}

@@ -12,7 +12,7 @@ from ..compiler.calibrate import Calibration
 from ..compiler.errors import PassError, RecipeError
 from ..compiler.program import Decision, PassResult, Program, Record
 from .experts.feed_forward import FeedForward, find_feed_forwards
-from .experts.grouping import Split, deal, fit_routers, importances
+from .experts.grouping import Router, Split, deal, fit_routers, importances
 from .experts.layer import replace_feed_forward
 from .order import refuse_late
 
@@ -83,7 +83,7 @@ class MixtureOfExperts:
             shared = self._shared(feed)
             units = decision.tensors.get(f"{feed.path}.units", np.arange(feed.hidden))  # a dry run has measured nothing
             width = int(rewrite.shape_of(rewrite.node_named(graph, feed.entry))[-1])
-            router = (
+            router = Router(
                 decision.tensors.get(f"{feed.path}.router", np.zeros((self.experts, width), np.float32)),
                 decision.tensors.get(f"{feed.path}.bias", np.zeros(self.experts, np.float32)),
             )

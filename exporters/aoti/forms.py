@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from ...compiler import rewrite
 from ...compiler.regions import module_path
 from ...compiler.rewrite import aten
-from ...kernels import REFERENCES
+from ...kernels import IN_TRITON, REFERENCES
 from ...quant import ops as quantised
 from ...quant.formats import INT8_MAX, SMALLEST_SCALE, UINT8_MAX
 from ...runtime.errors import EngineError
@@ -79,8 +79,9 @@ def to_gpu_forms(graph: fx.GraphModule, device: str) -> Formed:
             )
     for name, value in rewrite.weights(module).items():
         rewrite.assign(module, name, value.to(device))
-    _check_operators(module, *REFERENCES)
-    return Formed(rewrite.finish(module))
+    written = _write_out(module, {each: plain for each, plain in REFERENCES.items() if each not in IN_TRITON})
+    _check_operators(module, *IN_TRITON)
+    return Formed(rewrite.finish(module), written_out=written)
 
 
 def _write_out(module: fx.GraphModule, functions: Mapping[Any, Callable[..., Any]]) -> Mapping[str, int]:

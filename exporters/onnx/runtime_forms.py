@@ -18,6 +18,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import opset23 as op
 
 from ...compiler.rewrite import aten
+from ...kernels import ADD_TOKENS, TAKE_TOKENS
+from .experts import add_by_product, add_one_by_one, take_tokens
 from .forms import (
     DEQUANTIZE,
     QUANTIZE,
@@ -34,6 +36,7 @@ from .forms import (
 _CONTRIB = "com.microsoft"
 _SWAP_HEADS = (0, 2, 1, 3)
 _BLOCKS = (256, 128, 64, 32, 16)  # of MatMulNBits; its INT8 weights have one scale a row, so the largest that fits
+_SHORT = 512  # tokens; on two cores both ways take equally long at 400 (width 160) to 1024 (width 768)
 _FLOAT32 = 1  # its accuracy_level: 0 unset, 1 float32, 4 INT8
 
 
@@ -63,10 +66,18 @@ def _quantize_dynamic(x: Any, format: str) -> Any:
     return op.DequantizeLinear(integers, scale, zero_point)
 
 
+def _add_tokens(x: Any, places: Any, rows: Any) -> Any:
+    # ScatterND adds whole rows and would be faster than both, but not right: ONNX Runtime 1.31 adds on several threads
+    # without a lock, and loses sums where two experts have the same token.
+    return (add_by_product if int(x.shape[1]) <= _SHORT else add_one_by_one)(x, places, rows)
+
+
 TRANSLATIONS: Translations = {
     QUANTIZE: _quantize,
     QUANTIZE_DYNAMIC: _quantize_dynamic,
     DEQUANTIZE: dequantize,
+    TAKE_TOKENS: take_tokens,
+    ADD_TOKENS: _add_tokens,
     aten.group_norm.default: group_norm,
 }
 

@@ -20,6 +20,7 @@ import openvino as ov
 import torch
 from numpy.typing import NDArray
 from openvino import opset14 as op
+from openvino import opset15
 from openvino.frontend import FrontEndManager, OpConversionFailure
 from openvino.frontend.pytorch import ConversionExtension
 from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
@@ -43,7 +44,7 @@ assert quantised_ops  # the operators above are registered by its import
 
 def constant(value: Any, dtype: Any = np.float32) -> Any:
     """A constant node that owns its values."""
-    return op.constant(np.ascontiguousarray(value, dtype=dtype))
+    return op.constant(np.array(value, dtype=dtype, order="C"))
 
 
 # --- our operators ---
@@ -97,7 +98,38 @@ def _empty(context: Any) -> Any:
     return op.broadcast(constant(0.0), context.get_input(0)).outputs()
 
 
+def _take_tokens(context: Any) -> Any:
+    x, places = context.get_input(0), context.get_input(1)
+    return op.gather(_flat(x), _rows(x, places), constant(0, np.int64)).outputs()
+
+
+def _add_tokens(context: Any) -> Any:
+    x, places, rows = (context.get_input(index) for index in range(3))
+    lines = op.reshape(_rows(x, places), constant([-1, 1], np.int64), special_zero=False)
+    flat = opset15.scatter_nd_update(_flat(x), lines, _flat(rows), reduction="sum")
+    return op.reshape(flat, op.shape_of(x), special_zero=False).outputs()
+
+
+def _flat(x: Any) -> Any:
+    """[B, N, D] -> [B * N, D]"""
+    return op.reshape(x, constant([-1, x.get_partial_shape()[2].get_length()], np.int64), special_zero=False)
+
+
+def _rows(x: Any, places: Any) -> Any:
+    """int64 [E, B * C]: where tokens at `places` [B, E, C] lie in [B * N, D]."""
+    tokens = x.get_partial_shape()[1].get_length()
+    samples = op.gather(op.shape_of(x), constant(0, np.int64), constant(0, np.int64))
+    first = op.multiply(
+        op.range(constant(0, np.int64), samples, constant(1, np.int64), "i64"), constant(tokens, np.int64)
+    )
+    lines = op.add(places, op.reshape(first, constant([-1, 1, 1], np.int64), special_zero=False))
+    experts = constant([places.get_partial_shape()[1].get_length(), -1], np.int64)
+    return op.reshape(op.transpose(lines, constant([1, 0, 2], np.int64)), experts, special_zero=False)
+
+
 _EXTENSIONS = {
+    "dcompile.take_tokens.default": _take_tokens,
+    "dcompile.add_tokens.default": _add_tokens,
     "dcompile.quantize_dequantize.default": _quantize,
     "dcompile.dequantize.default": _dequantize,
     "aten.empty_permuted.default": _empty,

@@ -11,8 +11,6 @@ All were found by building them and reading the layers; tests/exporters/test_ten
 - nvfp4: block scales from TRT_FP4DynamicQuantize, on a matrix [tokens, channels]; in more dimensions two kernels that
   only move scales are added.
 - weights alone: dequantised in the kernel of the product.
-- rows that are added to a value where an index says (what experts add to their tokens): a product with a matrix of
-  zeros and ones, as TensorRT can scatter but not add while it does.
 """
 
 from __future__ import annotations
@@ -104,8 +102,6 @@ def to_tensorrt_forms(graph: fx.GraphModule, precision: str) -> fx.GraphModule:
     for node in list(writer.graph.graph.nodes):
         if rewrite.is_call(node, aten.scaled_dot_product_attention.default):
             writer.write_attention(node)
-        elif rewrite.is_call(node, aten.scatter_add.default):
-            writer.write_sum_of_rows(node)
         elif rewrite.is_call(node, aten.linear.default, aten.conv2d.default):
             weight = _stored_weight(node)
             if weight is not None:
@@ -299,23 +295,6 @@ class _Writer:
         number = float(rewrite.attribute(self.graph, str(scale.target)))
         x = rounded.args[0] if x is None else x
         return self._call(node, ROUND, x, scale, number, "fp8", self.precision, like=node)
-
-    # rows added by index
-
-    def write_sum_of_rows(self, node: fx.Node) -> None:
-        """into [B, N, D] plus rows [B, M, D] at tokens [B, M, 1]: a product of [B, N, M] and [B, M, D]."""
-        into, axis, index, rows = node.args[:4]
-        if axis != 1 or not rewrite.is_call(index, aten.expand.default):  # type: ignore[arg-type]
-            raise UnsupportedError(f"{_where(node)}: TensorRT adds whole rows by index, and nothing finer")
-        assert isinstance(into, fx.Node)
-        assert isinstance(index, fx.Node)
-        tokens = int(rewrite.shape_of(into)[1])
-        places = self._row(node, f"places.{node.name}", torch.arange(tokens), (1, 1, tokens))
-        hits = self._call(node, aten.eq.Tensor, index.args[0], places)
-        dtype = rewrite.tensor_of(into).dtype  # type: ignore[union-attr]
-        matrix = self._call(node, aten.transpose.int, self._call(node, aten.to.dtype, hits, dtype), 1, 2)
-        total = self._call(node, aten.matmul.default, matrix, rows)
-        node.replace_all_uses_with(self._call(node, aten.add.Tensor, into, total))
 
     # small things
 

@@ -15,7 +15,9 @@ from onnxscript import opset23 as op
 from onnxscript.values import Op, Opset
 
 from ...compiler.variants import Variant
+from ...kernels import ADD_TOKENS, TAKE_TOKENS
 from ...quant import formats
+from ..onnx.experts import add_by_product, take_tokens
 from ..onnx.forms import DEQUANTIZE, QUANTIZE, Translations, constant, dequantize
 from ..onnx.graph import to_onnx
 from ..precision import to_precision
@@ -111,6 +113,8 @@ TRANSLATIONS: Translations = {
     INT4: _onnx_int4,
     QUANTIZE: _onnx_quantize_dequantize,
     DEQUANTIZE: dequantize,
+    TAKE_TOKENS: take_tokens,
+    ADD_TOKENS: add_by_product,  # TensorRT can scatter, but not add while it does
 }
 
 

@@ -99,7 +99,7 @@ class Router:
 
     weight: NDArray[np.float32]
     bias: NDArray[np.float32]
-    taken: tuple[float, ...]
+    taken: tuple[float, ...] = ()
 
 
 def fit_routers(

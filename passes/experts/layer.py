@@ -11,37 +11,29 @@ import operator
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from ...compiler import rewrite
 from ...compiler.rewrite import aten
+from ...kernels import ADD_TOKENS, TAKE_TOKENS
 from .feed_forward import FeedForward, held, rows_of, write_inner
-from .grouping import Split, capacity
+from .grouping import Router, Split, capacity
 
 
-def replace_feed_forward(
-    module: fx.GraphModule, feed: FeedForward, split: Split, router: tuple[NDArray[Any], NDArray[Any]], active: int
-) -> None:
+def replace_feed_forward(module: fx.GraphModule, feed: FeedForward, split: Split, router: Router, active: int) -> None:
     """Write the layer into the graph, in place of the feed-forward. active: experts a token has on average."""
     down = rewrite.node_named(module, feed.down)
     entry = rewrite.node_named(module, feed.entry)
-    tokens, width = (int(size) for size in rewrite.shape_of(entry)[1:])
+    tokens = int(rewrite.shape_of(entry)[1])
     each = capacity(tokens, split.experts, active)
     write = _Writer(module, feed, down)
     shared = write.shared(split)
-    scores = write.linear(entry, "router", torch.from_numpy(router[0]), torch.from_numpy(router[1]))
-    best = write.call(aten.topk.default, write.call(aten.transpose.int, scores, 1, 2), each)
-    values, places = (write.call(operator.getitem, best, index) for index in (0, 1))
-    gates = write.call(aten.mul.Tensor, write.call(aten.sigmoid.default, values), 2.0)
-    flat = write.call(aten.reshape.default, places, [-1, split.experts * each, 1])
-    index = write.call(aten.expand.default, flat, [-1, -1, width])
-    chosen = write.call(aten.gather.default, entry, 1, index)
-    added = write.experts(split, chosen, each, width)
-    added = write.call(aten.mul.Tensor, added, write.call(aten.reshape.default, gates, [-1, split.experts * each, 1]))
-    out = int(rewrite.shape_of(down)[-1])
-    into = index if out == width else write.call(aten.expand.default, flat, [-1, -1, out])
-    total = write.call(aten.scatter_add.default, shared, 1, into, added)
+    scores = write.linear(entry, "router", torch.from_numpy(router.weight), None)
+    best = write.call(aten.topk.default, scores, each, 1, True, False)  # [B, C, experts], in any order
+    places = write.call(aten.transpose.int, write.call(operator.getitem, best, 1), 1, 2)
+    chosen = write.call(TAKE_TOKENS, entry, places)
+    made = write.experts(split, chosen, write.gates(write.call(operator.getitem, best, 0), router))
+    total = write.call(ADD_TOKENS, shared, places, made)
     down.replace_all_uses_with(total)
 
 
@@ -74,12 +66,18 @@ class _Writer:
         weight, bias = held(self.module, self.before)
         return self.linear(hidden, "shared.down", weight[:, units], bias)
 
-    def experts(self, split: Split, chosen: fx.Node, each: int, width: int) -> fx.Node:
-        """[B, experts * each, D] -> the same of the layer out. each: tokens of an expert."""
-        hidden, count = self.feed.hidden, split.experts
-        parts = [torch.from_numpy(split.of_expert(index)) for index in range(count)]
-        x = self.call(aten.reshape.default, chosen, [-1, count, each, width])
-        x = self.call(aten.reshape.default, self.call(aten.transpose.int, x, 0, 1), [count, -1, width])
+    def gates(self, scores: fx.Node, router: Router) -> fx.Node:
+        """[B, C, experts] -> [experts, B * C, 1]. The bias is added here: it does not change which token
+        scores highest for an expert."""
+        scores = self.call(aten.add.Tensor, scores, self.weight("router.bias", torch.from_numpy(router.bias)))
+        gates = self.call(aten.mul.Tensor, self.call(aten.sigmoid.default, scores), 2.0)
+        turned = self.call(aten.permute.default, gates, [2, 0, 1])
+        return self.call(aten.reshape.default, turned, [len(router.bias), -1, 1])
+
+    def experts(self, split: Split, x: fx.Node, gates: fx.Node) -> fx.Node:
+        """[experts, B * C, D] -> the same of the layer out, times the gates."""
+        hidden = self.feed.hidden
+        parts = [torch.from_numpy(split.of_expert(index)) for index in range(split.experts)]
         made = {}
         for up in self.ups:
             weight, bias = held(self.module, up)
@@ -90,12 +88,10 @@ class _Writer:
                 value = self.call(aten.add.Tensor, value, self.weight(f"experts.{up.name}.bias", offsets))
             made[up.name] = value
         inner = write_inner(self.module, self.before, self.feed, made)
+        inner = self.call(aten.mul.Tensor, inner, gates)  # hidden units are fewer than features
         weight, _ = held(self.module, self.before)
         stacked = torch.stack([weight[:, units].T for units in parts])
-        y = self.call(aten.bmm.default, inner, self.weight("experts.down.weight", stacked))
-        out = len(weight)
-        y = self.call(aten.transpose.int, self.call(aten.reshape.default, y, [count, -1, each, out]), 0, 1)
-        return self.call(aten.reshape.default, y, [-1, count * each, out])
+        return self.call(aten.bmm.default, inner, self.weight("experts.down.weight", stacked))
 
 
 def _input(linear: fx.Node) -> fx.Node:

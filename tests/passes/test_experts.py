@@ -24,7 +24,7 @@ from dcompile.exporters.parity import check_parity
 from dcompile.exporters.target import TargetOptions
 from dcompile.passes.cache_steps import CacheSteps
 from dcompile.passes.experts.feed_forward import FeedForward, find_feed_forwards, run_units
-from dcompile.passes.experts.grouping import Split, deal, fit_routers, importances, taken_by
+from dcompile.passes.experts.grouping import Router, Split, deal, fit_routers, importances, taken_by
 from dcompile.passes.experts.layer import replace_feed_forward
 from dcompile.passes.mixture_of_experts import MixtureOfExperts
 from dcompile.passes.recover import Recover
@@ -126,7 +126,7 @@ def test_how_many_experts_take_a_token() -> None:
 # ---- the layer ------------------------------------------------------------------------------------------------------
 
 
-def with_layer(program: Program, feed: FeedForward, split: Split, router: Any, active: int) -> Program:
+def with_layer(program: Program, feed: FeedForward, split: Split, router: Router, active: int) -> Program:
     graph = rewrite.clone(program.graph)
     replace_feed_forward(graph, feed, split, router, active)
     return program.with_graph(rewrite.finish(graph))
@@ -141,7 +141,7 @@ def test_every_expert_with_gates_of_one_is_the_feed_forward(
     for feed in (feeds[0], feeds[-1]):
         units = np.random.default_rng(0).permutation(feed.hidden)
         width = int(rewrite.shape_of(rewrite.node_named(program.graph, feed.entry))[-1])
-        router = (np.zeros((4, width), np.float32), np.zeros(4, np.float32))
+        router = Router(np.zeros((4, width), np.float32), np.zeros(4, np.float32))
         made = with_layer(program, feed, Split(units, feed.hidden // 4, 4), router, active=4)
         assert len(rewrite.weights(made.graph)) > len(rewrite.weights(program.graph))
         for found, expected in zip(made.graph(*values_of(made)), program.graph(*values_of(program)), strict=True):
@@ -154,12 +154,12 @@ def test_routing_is_the_dense_evaluation_under_a_mask(dit: Program) -> None:
     split = Split(random.permutation(feed.hidden), feed.hidden // 4, 4)
     (x,) = seen(dit, [feed.entry])
     batch, tokens, width = x.shape
-    router = (random.normal(size=(4, width)).astype(np.float32), random.normal(size=4).astype(np.float32))
+    router = Router(random.normal(size=(4, width)).astype(np.float32), random.normal(size=4).astype(np.float32))
     made = with_layer(dit, feed, split, router, active=1)
-    (layer,) = (node.name for node in made.graph.graph.nodes if node.target is torch.ops.aten.scatter_add.default)
+    (layer,) = (node.name for node in made.graph.graph.nodes if node.target is torch.ops.dcompile.add_tokens.default)
     (found,) = seen(made, [layer])
 
-    scores = x @ torch.from_numpy(router[0]).T + torch.from_numpy(router[1])
+    scores = x @ torch.from_numpy(router.weight).T + torch.from_numpy(router.bias)
     capacity = tokens // 4
     bias = rewrite.attribute(dit.graph, str(rewrite.node_named(dit.graph, feed.down).all_input_nodes[2].target))
     expected = run_units(dit.graph, feed, torch.from_numpy(split.units[: split.shared]), x) + bias

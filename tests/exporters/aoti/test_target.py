@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, fx, nn
 
 from dcompile.compiler import rewrite
+from dcompile.compiler.calibrate import Calibration
 from dcompile.compiler.execute import batch_factor
 from dcompile.compiler.program import Decision, Program
 from dcompile.compiler.step_graph import flatten
@@ -25,6 +26,7 @@ from dcompile.exporters.lower import Lowered, lower
 from dcompile.exporters.precision import to_precision
 from dcompile.exporters.target import TargetOptions, Written
 from dcompile.passes.cache_steps import CacheSteps
+from dcompile.passes.mixture_of_experts import MixtureOfExperts
 from dcompile.quant import formats
 from dcompile.runtime.aoti_engine import AotiEngine, read_metadata
 from dcompile.runtime.errors import EngineError
@@ -85,6 +87,14 @@ def errors_of(written: Written, lowered: Lowered, batch: int) -> dict[str, float
 def test_any_batch_gives_what_the_graph_gives(batch: int, written: Written, lowered: Lowered) -> None:
     assert written.open_precision == "fp32"
     assert max(errors_of(written, lowered, batch).values()) < 1e-5  # sums are taken in another order
+
+
+def test_experts(dit: Program, calibration_of: Callable[[Program], Calibration], tmp_path: Path) -> None:
+    step = MixtureOfExperts(experts=4, active=1)
+    lowered = lower(step.apply(dit, step.decide(dit, calibration_of(dit))).program)
+    written = aoti.write(lowered, tmp_path, TargetOptions("fp32", threads=1), lambda name: None)
+    assert max(errors_of(written, lowered, 3).values()) < 1e-5
+    assert written.kernels["full"]["add_tokens, as plain operators"] == 3
 
 
 def test_each_weight_is_in_one_file_once(written: Written, lowered: Lowered, folder: Path) -> None:

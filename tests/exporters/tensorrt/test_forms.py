@@ -319,17 +319,3 @@ def test_weights_are_converted_as_they_are_written() -> None:
     assert isinstance(held.const_value, ir.LazyTensor)
     np.testing.assert_array_equal(held.const_value.numpy(), network.weight.detach().half().numpy().T)
     assert "net.weight" not in model.graph.initializers
-
-
-class Rows(nn.Module):
-    def forward(self, into: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-        return into.scatter_add(1, index.expand(-1, -1, into.shape[-1]), rows)
-
-
-def test_rows_added_by_index_are_a_product() -> None:
-    into, rows = torch.randn(2, 6, 4), torch.randn(2, 5, 4)
-    index = torch.tensor([[[0], [3], [3], [5], [0]], [[1], [1], [1], [2], [4]]])
-    graph = flatten(torch.export.export(Rows(), (into, index, rows)).module(), ["into", "index", "rows"])
-    made = to_tensorrt_forms(graph, "fp32")
-    assert not [node for node in made.graph.nodes if rewrite.is_call(node, aten.scatter_add.default)]
-    torch.testing.assert_close(made(into, index, rows)[0], Rows()(into, index, rows), rtol=1e-6, atol=1e-6)
