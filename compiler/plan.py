@@ -2,8 +2,9 @@
 
 A site's reuse value is `base + sum_k reuse[step, k] * state_k`. A step that computes the site refreshes the states:
 state_0 = value - base, state_k = (state_{k-1} - its old value) * refresh[step, k-1]. This one form covers copies (one
-state, no base), residual deltas (one state, base = the region's input) and Taylor predictors of any order (backward
-differences). A rolling site refreshes at every step and keeps what the last steps used, computed or predicted.
+state, no base), residual deltas (one state, base = the region's input), Taylor predictors of any order (backward
+differences), and blocks that a step leaves out (no state, base = the region's input). A rolling site refreshes at every
+step and keeps what the last steps used, computed or predicted.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Site:
     network: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.computed or not self.computed[0]:
+        if self.states == 0 and self.base is None:
+            raise PassError(f"cache site {self.name!r} has neither states nor a base; give it one of them")
+        if not self.computed or (self.states and not self.computed[0]):
             raise PassError(
                 f"cache site {self.name!r}: step 0 reuses a value that no step has computed; step 0 must compute it"
             )
@@ -124,10 +127,11 @@ class Plan:
                 f"decision {predicate.name!r}: needed one entry for each of {self.steps} steps, and step 0 decided"
             )
         for site in self.sites_of(predicate):
-            if site.states > 1 or site.correction is not None:
+            if site.states != 1 or site.correction is not None:
                 raise PassError(
-                    f"cache site {site.name!r} has coefficients by step, and decision {predicate.name!r} leaves open "
-                    "which steps compute it; use predictor copy or delta without correction, or freeze=true"
+                    f"cache site {site.name!r} has {site.states} states or a correction, and decision "
+                    f"{predicate.name!r} leaves open which steps compute it; needed one state and no coefficients by "
+                    "step: use predictor copy or delta without correction, or freeze=true"
                 )
 
     def sites_of(self, predicate: Predicate) -> tuple[Site, ...]:

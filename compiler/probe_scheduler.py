@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ FIT_TOLERANCE = 1e-6
 # Of max |x| over the run. Linear schedulers stay below 1e-5 even where they cast to float32 in every step (measured);
 # clipping cost at least 9e-5, with a start of 80 sigma, and 0.1 to 0.8 in most schedulers.
 LINEAR_TOLERANCE = 2e-5
+DRIFT_TOLERANCE = 1e-3  # of max |x|; a schedule that goes by its own timesteps misses by 1e-2 and more
 
 _FLOW: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -198,6 +200,7 @@ def probe(
     prediction: str | None = None,
     step_options: Mapping[str, Any] | None = None,
     timestep_options: Mapping[str, Any] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Sampler:
     """The rows of a diffusers scheduler: len(scheduler.timesteps) of them, one a network call (Heun makes two a step).
 
@@ -206,15 +209,17 @@ def probe(
     reproduces every step, and run against the scheduler itself on random data. `scheduler` is not changed.
 
     prediction: what the model's output is; checked against the scheduler's own. step_options: further arguments of
-    `step`, e.g. {"eta": 1.0}. timestep_options: further arguments of `set_timesteps`, e.g. {"mu": 1.15}.
+    `step`, e.g. {"eta": 1.0}. timestep_options: further arguments of `set_timesteps`, e.g. {"mu": 1.15}. rows: of the
+    schedule of `steps`, those that are kept; None for all.
     Raises: UnsupportedError where a step is not linear in (sample, outputs, one noise draw), needs an output older than
-    MAX_RING calls, or cannot be called as step(output, timestep, sample).
+    MAX_RING calls, or cannot be called as step(output, timestep, sample); where rows are not the scheduler's to choose.
     """
-    run = _Run(scheduler, steps, dict(step_options or {}), dict(timestep_options or {}))
+    kept = None if rows is None else tuple(rows)
+    run = _Run(scheduler, steps, dict(step_options or {}), dict(timestep_options or {}), kept)
     kind = _prediction(scheduler, prediction)
     trace = _one_hot_trace(run)
-    rows = _fit(trace)
-    if rows is None:
+    fitted = _fit(trace)
+    if fitted is None:
         raise UnsupportedError(_refusal(scheduler, kind, f"no ring of up to {MAX_RING} outputs reproduces its steps"))
     options = {**_changed_options(scheduler), **run.step_options, **run.timestep_options}
     signal, noise_level = _marginals(run) or (None, None)
@@ -227,7 +232,8 @@ def probe(
         initial_scale=trace.initial_scale,
         signal=signal,
         noise_level=noise_level,
-        **rows,
+        choose=partial(_chosen, scheduler, prediction, step_options, timestep_options),
+        **fitted,
     )
     error = _mismatch(run, sampler)
     if not error <= LINEAR_TOLERANCE:
@@ -235,6 +241,24 @@ def probe(
             f"its steps and their rows differ by {error:.1e} of max |x| on random data, allowed {LINEAR_TOLERANCE:.0e}"
         )
         raise UnsupportedError(_refusal(scheduler, kind, found))
+    return sampler
+
+
+def _chosen(
+    scheduler: Any, prediction: str | None, step_options: Mapping[str, Any] | None,
+    timestep_options: Mapping[str, Any] | None, steps: int, rows: Sequence[int],
+) -> Sampler:  # fmt: skip
+    """The sampler of these rows. Raises UnsupportedError where it leads elsewhere than from row to row."""
+    options: dict[str, Any] = {"step_options": step_options, "timestep_options": timestep_options}
+    sampler = probe(scheduler, steps, prediction=prediction, rows=rows, **options)
+    off = sampler.drift()
+    if off is None or off > DRIFT_TOLERANCE:
+        found = "does not say how much noise its rows are for" if off is None else f"misses them by {off:.1e}"
+        instead = "flow_euler or flow_dpm++2m" if sampler.prediction == "flow" else "euler or dpm++2m"
+        raise UnsupportedError(
+            f"{type(scheduler).__name__} cannot go through timesteps of one's choice: it {found}; choose another "
+            f"--sampler, e.g. {instead}"
+        )
     return sampler
 
 
@@ -266,6 +290,7 @@ class _Run:
     steps: int
     step_options: dict[str, Any]
     timestep_options: dict[str, Any]
+    rows: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -289,6 +314,8 @@ class _Run:
                 f"{self.name}.set_timesteps({self.steps}) failed: {_one_line(error)}; "
                 "choose other steps or another --sampler"
             ) from error
+        if self.rows is not None:
+            _keep(scheduler, self.rows)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)  # else a repeated first timestep would start the run at its second row
         return scheduler
@@ -320,6 +347,14 @@ class _Run:
                 f"{self.name} draws noise {draw.count} times in row {row}, a row has one draw: choose another --sampler"
             )
         return following, result
+
+
+def _keep(scheduler: Any, rows: Sequence[int]) -> None:
+    """Leave the scheduler these rows of its schedule. What it works out by other means than rows shows as a drift."""
+    timesteps, sigmas, index = scheduler.timesteps, getattr(scheduler, "sigmas", None), torch.tensor(rows)
+    scheduler.timesteps, scheduler.num_inference_steps = timesteps[index], len(rows)
+    if sigmas is not None and len(sigmas) == len(timesteps) + 1:  # one a row, and where the last row leads
+        scheduler.sigmas = torch.cat([sigmas[index], sigmas[-1:]])
 
 
 class _Draw(TorchFunctionMode):

@@ -8,9 +8,11 @@ from math import prod
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, fx
 
 from ..runtime.manifest import Contract
+from .errors import PassError
 from .plan import Plan
 from .regions import Region, find_regions
 from .rewrite import attribute, hint, shape_of
@@ -64,6 +66,20 @@ class Program:
     def parameters(self) -> int:
         """Elements of the weights that the graph still reads: two in a byte that packs two, none in a scale."""
         return sum(_elements(self.graph, node) for node in _first_reads(self.graph))
+
+    def with_sampler(self, sampler: Sampler) -> Program:
+        """The program driven by other rows, with a plan that computes everything. Raises PassError for rows that read
+        more of the past than the graph keeps, or where other tables go by step too."""
+        if others := self.tables.keys() - {"timestep", "row"}:
+            raise PassError(f"table {min(others)!r} is for the steps that the program has; choose the steps before it")
+        if sampler.ring > self.sampler.ring:
+            raise PassError(f"{sampler.name} reads {sampler.ring} outputs back, the graph keeps {self.sampler.ring}")
+        rows = torch.from_numpy(sampler.row_table())
+        rows = torch.nn.functional.pad(rows, (0, self.sampler.ring - sampler.ring))
+        timesteps = torch.from_numpy(sampler.timesteps.astype(np.float32)).reshape(-1, 1)
+        contract = replace(self.contract, steps=sampler.steps, initial_scale=float(sampler.initial_scale))
+        tables = {"timestep": timesteps.to(self.tables["timestep"].dtype), "row": rows}
+        return replace(self, sampler=sampler, contract=contract, tables=tables, plan=Plan(sampler.steps))
 
     def with_graph(self, graph: fx.GraphModule, **changes: Any) -> Program:
         return replace(self, graph=graph, **changes)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +28,8 @@ class Sampler:
     initial_scale: the first sample is initial_scale * normal noise. prediction: epsilon, v_prediction, sample or flow.
     signal, noise_level [T]: row i meets samples like signal_i * data + noise_level_i * normal noise; None where the
     scheduler does not say. All arrays are float64 and read-only. H is zero before the first row.
+    choose: (steps, rows) -> the sampler that goes through these rows of a schedule of so many steps; None where nothing
+    is known of the scheduler.
     Raises: ShapeError where lengths disagree, UnsupportedError where a value is not finite.
     """
 
@@ -44,9 +46,11 @@ class Sampler:
     timestep_dtype: Literal["int64", "float32"] = "float32"
     signal: Float64 | None = None
     noise_level: Float64 | None = None
+    choose: Callable[[int, Sequence[int]], Sampler] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        for column in (*_PER_ROW, "b"):
+        optional = [name for name in ("signal", "noise_level") if getattr(self, name) is not None]
+        for column in (*_PER_ROW, "b", *optional):
             array = np.array(getattr(self, column), dtype=np.float64)
             array.setflags(write=False)
             object.__setattr__(self, column, array)
@@ -57,7 +61,7 @@ class Sampler:
                     "choose other steps or another --sampler"
                 )
         rows = self.timesteps.size
-        for column in _PER_ROW:
+        for column in (*_PER_ROW, *optional):
             if getattr(self, column).shape != (rows,) or rows == 0:
                 raise ShapeError(
                     f"sampler {self.name}: {column} has shape {list(getattr(self, column).shape)}, "
@@ -112,6 +116,33 @@ class Sampler:
                 x = x + self.n[i] * noise[i]
             samples.append(x)
         return np.stack(samples)
+
+    def drift(self) -> float | None:
+        """How far rows lead from where the next ones begin, of max |x|, with a network that knows data and noise.
+
+        Any solver is exact there: its output is constant in whatever it is constant in. None where `signal` is, or the
+        output is of no known kind. Of a stochastic sampler, whose noise is another at each row, the data alone counts.
+        """
+        if self.signal is None or self.noise_level is None:
+            return None
+        data, noise = 1.0, 0.0 if self.stochastic else 1.0
+        signal, level = self.signal, self.noise_level
+        outputs = {
+            "epsilon": np.full(self.steps, noise),
+            "sample": np.full(self.steps, data),
+            "v_prediction": signal * noise - level * data,
+            "flow": np.full(self.steps, noise - data),
+        }
+        if self.prediction not in outputs:
+            return None
+        rows = iter(outputs[self.prediction].tolist())
+        found = self.trajectory(
+            lambda x, timestep: next(rows),
+            np.array(signal[0] * data + level[0] * noise),
+            np.zeros(self.steps) if self.stochastic else None,
+        )
+        expected = np.array([*(signal * data + level * noise), data])
+        return float(np.abs(found - expected).max() / np.abs(expected).max())
 
     def apply(self, network: Callable[[Float64, float], Any], start: Float64, noise: Float64 | None = None) -> Float64:
         """The finished sample [*shape]: the last of `trajectory`."""

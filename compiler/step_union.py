@@ -104,7 +104,9 @@ def unite(program: Program) -> StepUnion:
         emitting = frozenset(kind for kind in kinds if emits[kind][index])
         states = refreshed_states(module, site, value, base, inputs)
         stand_in = reused_value(module, site, value, base, inputs)
-        if states[0] is value and emitting != kinds:  # who reads a copy must not read the state: it may be an older one
+        if (
+            states and states[0] is value and emitting != kinds
+        ):  # who reads a copy must not read the state: it may be an older one
             states[0] = rewrite.call(module, rewrite.output_node(module), aten.alias.default, value)
             if stand_in.op == "placeholder":
                 stand_in = rewrite.call(module, value, aten.alias.default, stand_in)

@@ -41,7 +41,7 @@ def _check_tables(program: Program) -> None:
         if site.correction is not None:
             tables["correction"] = site.correction
         rows |= {f"table {kind!r} of cache site {site.name!r}": len(table) for kind, table in tables.items()}
-        if site.reuse.ndim != 2 or site.refresh.shape[1:] != (site.states - 1,):
+        if site.reuse.ndim != 2 or site.refresh.shape[1:] != (max(site.states - 1, 0),):
             shapes = f"reuse has shape {list(site.reuse.shape)} and refresh {list(site.refresh.shape)}"
             raise PassError(f"cache site {site.name!r}: {shapes}, needed [{steps}, states] and [{steps}, states - 1]")
     for table, found in rows.items():

@@ -41,7 +41,8 @@ def cache_tables(program: Program) -> dict[str, Tensor]:
     """Per-step coefficients of every site, as '<site>.reuse', '.refresh' and '.correction': see Site."""
     tables = {}
     for site in program.plan.sites:  # copies: sites of one plan may share an array, which a file of tables may not hold
-        tables[f"{site.name}.reuse"] = torch.from_numpy(site.reuse).clone()
+        if site.states:
+            tables[f"{site.name}.reuse"] = torch.from_numpy(site.reuse).clone()
         if site.states > 1 and not site.rolling:
             tables[f"{site.name}.refresh"] = torch.from_numpy(site.refresh).clone()
         if site.correction is not None:
@@ -160,6 +161,8 @@ def refreshed_states(
 ) -> list[fx.Node]:
     """The states that a step leaves behind when it computes the site (a rolling one: always), as nodes at its end."""
     end = rewrite.output_node(module)
+    if site.states == 0:
+        return []
     states = [value if base is None else rewrite.call(module, end, aten.sub.Tensor, value, base)]
     if site.rolling:
         parts = [rewrite.call(module, end, aten.unsqueeze.default, states[0], 1)]
@@ -181,6 +184,9 @@ def reused_value(
     module: fx.GraphModule, site: Site, value: fx.Node, base: fx.Node | None, inputs: dict[str, tuple[str, str]]
 ) -> fx.Node:
     """What stands for the site's value in a step that reuses it: new nodes before it; for a copy, its state's input."""
+    if site.states == 0:
+        assert base is not None
+        return rewrite.call(module, value, aten.alias.default, base)
     is_mixed = site.states > 1 or site.rolling
     coefficients = _table_input(module, site, "reuse", inputs) if is_mixed else None
     total = None

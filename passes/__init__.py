@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .cache_steps import CacheSteps
+from .choose_steps import ChooseSteps
 from .fold_timestep import FoldTimestep
 from .mixture_of_experts import MixtureOfExperts
 from .prune_layers import PruneLayers
@@ -12,12 +13,13 @@ from .quantize import Quantize
 from .recover import Recover
 
 PASSES: dict[str, type[Any]] = {
-    cls.name: cls for cls in (PruneLayers, MixtureOfExperts, Recover, CacheSteps, Quantize, FoldTimestep)
+    cls.name: cls for cls in (PruneLayers, MixtureOfExperts, Recover, ChooseSteps, CacheSteps, Quantize, FoldTimestep)
 }
 SHORT_NAMES = {
     "prune": "prune_layers",
     "moe": "mixture_of_experts",
     "recover": "recover",
+    "steps": "choose_steps",
     "cache": "cache_steps",
     "quant": "quantize",
     "fold": "fold_timestep",

@@ -28,14 +28,18 @@ _Row = list[tuple[fx.Node, list[fx.Node]]]
 
 
 class Rollout:
-    """The program with these sites, each a copy of its last computed value (delta: of its value less its base)."""
+    """The program with these sites, each a copy of its last computed value (delta: of its value less its base; skips:
+    its base alone)."""
 
-    def __init__(self, program: Program, sites: Sequence[Candidate], *, delta: bool = False) -> None:
+    def __init__(
+        self, program: Program, sites: Sequence[Candidate], *, delta: bool = False, skips: bool = False
+    ) -> None:
         self.program = program
         named = {node.name: node for node in program.graph.graph.nodes}
         self.sites = tuple(sites)
         self._values = {named[site.value]: index for index, site in enumerate(sites)}
-        self._bases = [named[site.base] if delta and site.base is not None else None for site in sites]
+        self._bases = [named[site.base] if (delta or skips) and site.base is not None else None for site in sites]
+        self._skips = skips
         self._weights = {
             node: rewrite.attribute(program.graph, str(node.target))
             for node in program.graph.graph.nodes
@@ -49,7 +53,8 @@ class Rollout:
 
     @torch.no_grad()
     def samples(self, masks: Masks, conditions: Mapping[str, NDArray[Any]], seeds: Sequence[int]) -> Tensor:
-        """As compiler.execute.run gives them for the plan of these masks, [T, sites]; the first row is all True."""
+        """As compiler.execute.run gives them for the plan of these masks, [T, sites]; the first row is all True, unless
+        sites are skipped."""
         slots = initial_slots(self.program, conditions, seeds)
         states: list[Any] = [None] * len(self._bases)
         for step, row in enumerate(masks.tolist()):
@@ -66,7 +71,7 @@ class Rollout:
             index = self._values.get(node)
             base = None if index is None else self._bases[index]
             if index is not None and not mask[index]:
-                env[node] = states[index] if base is None else env[base] + states[index]
+                env[node] = self._stand_in(states[index], None if base is None else env[base])
             elif node.op == "placeholder":
                 env[node] = self._input(node, step, slots)
             elif node.op == "output":
@@ -74,11 +79,18 @@ class Rollout:
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
                 env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-                if index is not None:
+                if index is not None and not self._skips:
                     states[index] = env[node] if base is None else env[node] - env[base]
             for each in unread:
                 del env[each]
         return results if isinstance(results, tuple | list) else (results,)
+
+    def _stand_in(self, state: Any, base: Tensor | None) -> Tensor:
+        if self._skips:
+            assert base is not None
+            return base
+        found: Tensor = state if base is None else base + state
+        return found
 
     def _input(self, node: fx.Node, step: int, slots: Mapping[str, Tensor]) -> Tensor:
         if node.name in self.program.tables:

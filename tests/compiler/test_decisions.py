@@ -253,7 +253,7 @@ def test_what_a_plan_refuses(dit: Program) -> None:
         replace(program.plan, predicates=(replace(predicate, open=(True,) * 6),))
     reuse, refresh = taylor(program.plan.sites[0].computed, 1)
     site = replace(program.plan.sites[0], reuse=reuse, refresh=refresh)
-    with pytest.raises(PassError, match=r"has coefficients by step, and decision 'middle' leaves open which steps"):
+    with pytest.raises(PassError, match=r" states or a correction, and decision 'middle' leaves open which steps"):
         replace(program.plan, sites=(site,))
     with pytest.raises(PassError, match=r"decision 'middle' is about 'other', which is no site of the plan"):
         validate(with_predicate(program, sites=("other",)))
