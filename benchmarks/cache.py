@@ -10,19 +10,13 @@ that are there are not measured again (--again does). Draws benchmarks/results/c
 from __future__ import annotations
 
 import argparse
-import csv
-import sys
-import tempfile
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import dcompile
-from dcompile.exporters.settings import Settings, default_cache
-from dcompile.passes.caching.methods import METHODS
-from dcompile.runtime.errors import DcompileError
+from rows import RESULTS, Row, build, fill, quality_and_speed
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
+from dcompile.passes.caching.methods import METHODS
+
 TABLE, PLOT = RESULTS / "cache.csv", RESULTS / "cache.png"
 MODELS = ("glyphs", "glyphs_unet")
 FIELDS = (
@@ -49,11 +43,11 @@ DITS_ONLY = (
 )  # fmt: skip
 
 
-def cases(models: list[str], methods: list[str], budgets: int) -> list[tuple[str, str, str]]:
+def cases(models: list[str], methods: list[str], budgets: int) -> list[Row]:
     """The boldest first of each method would mislead least alone: so the middle one, then the others."""
     order = (1, 2, 0)[:budgets]
     return [
-        (model, method, BUDGETS.get(method, INTERVALS)[place])
+        {"model": model, "method": method, "options": BUDGETS.get(method, INTERVALS)[place]}
         for place in order
         for model in models
         for method in methods
@@ -61,44 +55,10 @@ def cases(models: list[str], methods: list[str], budgets: int) -> list[tuple[str
     ]
 
 
-def measure(model: str, method: str, options: str, samples: int, threads: int) -> dict[str, Any]:
-    recipe = dcompile.Recipe(
-        passes=(f"cache:method={method},{options}",), eval_samples=samples, judge=ROOT / "examples/glyphs"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(cache=default_cache(), threads=threads)
-        report = dcompile.compile(str(ROOT / "examples" / model / "model"), Path(folder) / "b", recipe, settings).report
-    rows = {row["metric"]: row for row in report["table"]}
-    latency = rows["latency_s"]
-    stage = report["passes"][0]
-    return {
-        "model": model,
-        "method": method,
-        "options": options,
-        "computed_steps": len(stage["details"]["computed_steps"]),
-        "latency_s": latency["after"],
-        "speedup": latency["before"] / latency["after"],
-        **{name: rows[name]["after"] for name in ("psnr", "ssim", "accuracy", "frechet")},
-        "accuracy_before": rows["accuracy"]["before"],
-        "frechet_before": rows["frechet"]["before"],
-        "samples": samples,
-        "flops_ratio": rows["flops"]["before"] / rows["flops"]["after"],
-    }
-
-
-def read() -> list[dict[str, Any]]:
-    if not TABLE.exists():
-        return []
-    with TABLE.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def write(rows: list[dict[str, Any]]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    with TABLE.open("w", newline="") as stream:
-        table = csv.DictWriter(stream, FIELDS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(sorted(rows, key=lambda row: (row["model"], row["method"], row["options"])))
+def measure(case: Row, samples: int, threads: int) -> Row:
+    report = build(case["model"], f"cache:method={case['method']},{case['options']}", samples, threads)
+    steps = report["passes"][0]["details"]["computed_steps"]
+    return {"computed_steps": len(steps), "samples": samples, **quality_and_speed(report)}
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
@@ -141,19 +101,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--again", action="store_true")
     given = parser.parse_args()
-    rows = read()
-    for case in cases(given.models.split(","), given.methods.split(","), given.budgets):
-        known = [row for row in rows if (row["model"], row["method"], row["options"]) == case]
-        if known and not given.again:
-            continue
-        try:
-            row = measure(*case, given.samples, given.threads)
-        except DcompileError as error:
-            print(f"{' '.join(case)}: {error}", file=sys.stderr, flush=True)
-            continue
-        rows = [each for each in rows if each not in known] + [row]
-        write(rows)
-        print(" ".join(case), f"{row['speedup']:.2f}x", f"{row['psnr']:.1f} dB", flush=True)
+    chosen = cases(given.models.split(","), given.methods.split(","), given.budgets)
+    rows = fill(
+        TABLE, FIELDS, chosen, partial(measure, samples=given.samples, threads=given.threads), again=given.again
+    )
     draw(rows)
 
 

@@ -6,14 +6,13 @@ python benchmarks/readme_table.py --check   # fail if README.md does not show th
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+from rows import RESULTS, ROOT, read
+
+README = ROOT / "README.md"
 BEGIN, END = "<!-- figures: written by benchmarks/readme_table.py -->", "<!-- end of figures -->"
 TITLES = {"glyphs": "Glyph DiT (6.4 M, 12 blocks)", "glyphs_unet": "Glyph U-Net (2.8 M)"}
 
@@ -40,8 +39,7 @@ def figures() -> str:
 
 
 def _cache() -> list[str]:
-    with (RESULTS / "cache.csv").open(newline="") as stream:
-        rows = sorted(csv.DictReader(stream), key=lambda row: (row["model"], -float(row["speedup"])))
+    rows = sorted(read(RESULTS / "cache.csv"), key=lambda row: (row["model"], -float(row["speedup"])))
     lines = [
         f"Cache methods alone, fp32 on ONNX Runtime, batch 16, quality on {rows[0]['samples']} samples "
         f"(`python benchmarks/cache.py`); all {len(rows)} measured rows are in "
