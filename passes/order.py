@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..compiler.errors import PassError
 from ..compiler.program import Program
 
-_MEASURE_WEIGHTS = ("choose_steps", "cache_steps", "quantize", "fold_timestep")
+_MEASURE_WEIGHTS = ("elastic_blocks", "choose_steps", "cache_steps", "quantize", "fold_timestep")
 
 
 def refuse_late(program: Program, name: str, advice: str) -> None:

@@ -90,7 +90,7 @@ def test_every_pass_has_its_name_and_one_short_name() -> None:
     [
         ("prune,chache", "step 2: no pass is called 'chache'; did you mean 'cache'?"),
         ("quantise", "step 1: no pass is called 'quantise'; did you mean 'quantize'?"),
-        ("xyzzy", "known: prune, moe, recover, steps, cache, quant, fold, prune_layers"),
+        ("xyzzy", "known: prune, moe, recover, elastic, steps, cache, quant, fold, prune_layers"),
         ("prune:ration=0.1", "step 1 ('prune'): unknown option 'ration'; did you mean 'ratio'?"),
         ("cache,cache:name=x", "step 2 ('cache'): unknown option 'name'"),
         ("prune:ratio=1.5", "step 1: prune_layers: ratio is 1.5, needed 0 to 1"),
