@@ -16,13 +16,11 @@ from ..compiler.program import Program
 from ..runtime.engines import Engine
 from .interpret import run_lowered
 from .lower import Lowered
-from .rounding import without_rounding
+from .twins import twin_of
 
-# Largest relative error of an engine in fp32: sums are taken in another order. Low precision is chaotic beside that: a
-# value by a rounding edge lands on its other side, and the next layers round differently from there. So an engine that
-# rounds may be about as far from the program as the program is from the same weights without rounding.
+# Largest relative error of an engine in fp32: sums are taken in another order.
 FP32_TOLERANCE = 1e-4
-ROUNDING_SHARE = 1.5
+TWIN_SHARE = 1.5  # how much further than its twin's an engine's results may be, where it has one
 
 
 @dataclass(frozen=True)
@@ -39,18 +37,18 @@ def check_parity(
 ) -> tuple[Parity, ...]:  # fmt: skip
     """Run the script once in PyTorch, and each engine on the inputs of each of its calls.
 
-    open: engine -> a function that opens it. tolerance: what an engine that rounds nothing may differ by.
+    open: engine -> a function that opens it. tolerance: what an engine without a twin may differ by.
     Raises InternalError when an engine is further from the program than its precision allows.
     """
     engines = {name: open[name]() for name in lowered.engines}
-    twins = {name: without_rounding(engine.graph) for name, engine in lowered.engines.items()}
+    twins = {name: twin_of(engine.graph, tolerance) for name, engine in lowered.engines.items()}
     totals = {name: _Totals() for name in engines}
 
     def compare(row: int, name: str, inputs: list[Tensor], expected: list[Tensor]) -> None:
         engine, twin = lowered.engines[name], twins[name]
         found = engines[name].run({port: value.numpy() for port, value in zip(engine.inputs, inputs, strict=True)})
-        unrounded = expected if twin is None else twin(*inputs)
-        for slot, value, real in zip(engine.outputs, expected, unrounded, strict=True):
+        otherwise = expected if twin is None else twin(*inputs)
+        for slot, value, real in zip(engine.outputs, expected, otherwise, strict=True):
             totals[name].add(found[f"next_{slot}"], value.numpy(), real.numpy())
         progress((row + 1) / len(lowered.script))
 
@@ -68,20 +66,20 @@ def check_parity(
 
 @dataclass
 class _Totals:
-    """Sums over calls, samples and outputs: squared error of the engine, of the program's rounding, squared outputs."""
+    """Sums over calls, samples and outputs: squared error of the engine, of the twin, squared outputs."""
 
     largest: float = 0.0
     error: float = 0.0
-    rounding: float = 0.0
+    twin: float = 0.0
     energy: float = 1e-30
 
-    def add(self, found: NDArray[Any], expected: NDArray[Any], unrounded: NDArray[Any]) -> None:
+    def add(self, found: NDArray[Any], expected: NDArray[Any], otherwise: NDArray[Any]) -> None:
         difference = found - expected
         self.largest = max(self.largest, float(np.abs(difference).max()))
         self.error += float(np.square(difference).sum())
-        self.rounding += float(np.square(expected - unrounded).sum())
+        self.twin += float(np.square(expected - otherwise).sum())
         self.energy += float(np.square(expected).sum())
 
     def result(self, engine: str, floor: float) -> Parity:
-        tolerance = max(floor, ROUNDING_SHARE * (self.rounding / self.energy) ** 0.5)
+        tolerance = max(floor, TWIN_SHARE * (self.twin / self.energy) ** 0.5)
         return Parity(engine, self.largest, (self.error / self.energy) ** 0.5, tolerance)

@@ -32,7 +32,8 @@ def taken(x: Tensor, places: Tensor) -> Tensor:
 
 def added(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
     """What `add_tokens` computes, as PyTorch's own operators."""
-    total = x.flatten(0, 1).index_add(0, _rows(x, places), rows.flatten(0, 1).to(x.dtype))
+    index = _rows(x, places)[:, None].expand(-1, x.shape[2])  # not index_add: AOTInductor has no C++ for it
+    total = x.flatten(0, 1).scatter_add(0, index, rows.flatten(0, 1).to(x.dtype))
     return total.view_as(x)
 
 

@@ -20,7 +20,6 @@ import openvino as ov
 import torch
 from numpy.typing import NDArray
 from openvino import opset14 as op
-from openvino import opset15
 from openvino.frontend import FrontEndManager, OpConversionFailure
 from openvino.frontend.pytorch import ConversionExtension
 from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
@@ -104,10 +103,17 @@ def _take_tokens(context: Any) -> Any:
 
 
 def _add_tokens(context: Any) -> Any:
+    """A product with a matrix of zeros and ones, tokens by rows."""
     x, places, rows = (context.get_input(index) for index in range(3))
-    lines = op.reshape(_rows(x, places), constant([-1, 1], np.int64), special_zero=False)
-    flat = opset15.scatter_nd_update(_flat(x), lines, _flat(rows), reduction="sum")
-    return op.reshape(flat, op.shape_of(x), special_zero=False).outputs()
+    (tokens, width), (experts, each) = (
+        [size.get_length() for size in list(value.get_partial_shape())[1:]] for value in (x, places)
+    )
+    chosen = op.reshape(places, constant([-1, experts * each], np.int64), special_zero=False)
+    matrix = op.one_hot(chosen, constant(tokens, np.int64), constant(1.0), constant(0.0), axis=1)
+    by_expert = op.reshape(rows, constant([experts, -1, each, width], np.int64), special_zero=False)
+    turned = op.transpose(by_expert, constant([1, 0, 2, 3], np.int64))
+    added = op.reshape(turned, constant([-1, experts * each, width], np.int64), special_zero=False)
+    return op.add(x, op.matmul(matrix, added, False, False)).outputs()
 
 
 def _flat(x: Any) -> Any:

@@ -16,7 +16,7 @@ from dcompile.compiler.program import Decision, Program
 from dcompile.exporters.lower import Lowered, lower
 from dcompile.exporters.onnx.target import WEIGHTS_FILE, export_engines
 from dcompile.exporters.parity import FP32_TOLERANCE, Parity, check_parity
-from dcompile.exporters.rounding import without_rounding
+from dcompile.exporters.twins import twin_of
 from dcompile.passes.cache_steps import CacheSteps
 from dcompile.passes.quantize import Quantize
 from dcompile.runtime.onnx_engine import OnnxEngine
@@ -58,7 +58,7 @@ def test_rounding_widens_the_tolerance_of_the_pieces_that_round(
     lowered = lower(program, "segments")
     export_engines(lowered, tmp_path)
     found = {parity.engine: parity for parity in compare(program, lowered, tmp_path)}
-    rounding = {name for name, engine in lowered.engines.items() if without_rounding(engine.graph)}
+    rounding = {name for name, engine in lowered.engines.items() if twin_of(engine.graph, 0.0)}
     assert found.keys() - rounding == {"transformer_blocks_1_2_reuse"}
     for name, parity in found.items():
         assert (parity.tolerance > 5 * FP32_TOLERANCE) == (name in rounding)

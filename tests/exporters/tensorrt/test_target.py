@@ -169,8 +169,8 @@ def test_experts(
     program = step.apply(dit, step.decide(dit, calibration_of(dit))).program
     written = write(program, tmp_path, TargetOptions(precision=precision))
     assert any(kernel == f"gemm {precision}" for kernel in written.kernels["full"])
-    if precision == "fp32":  # in fp16 other tokens are chosen where two score alike
-        assert all(result.relative_error < 1e-5 for result in parity(program, written))
+    found = parity(program, written)  # in fp16 other tokens may be chosen where two score alike
+    assert precision == "fp16" or all(result.relative_error < 1e-5 for result in found)
 
 
 def test_named_profiles(tokens: Program, tmp_path: Path) -> None:

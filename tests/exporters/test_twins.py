@@ -1,4 +1,4 @@
-"""The twin that does not round: what it keeps, and what of the network's numbers is left between the two."""
+"""The twin of a graph: what it keeps, what of the numbers is left between the two, and where there is none."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from dcompile.compiler.calibrate import calibrate
+from dcompile.compiler.calibrate import calibrate, calibration_requests
+from dcompile.compiler.execute import initial_slots, step_values
 from dcompile.compiler.program import Program
 from dcompile.compiler.rewrite import weights
 from dcompile.compiler.variants import build_variant
-from dcompile.exporters.rounding import without_rounding
+from dcompile.exporters.twins import twin_of
+from dcompile.passes.mixture_of_experts import MixtureOfExperts
 from dcompile.passes.quantize import Quantize
 
 
@@ -37,7 +39,7 @@ def test_the_twin_multiplies_the_same_weights_without_rounding(
 ) -> None:
     program = quantised(tokens, options)
     assert operators(program) == {rounds, "dcompile.dequantize.default"}
-    twin = without_rounding(program.graph)
+    twin = twin_of(program.graph, 0.0)
     assert twin is not None
     stored = {name for name in weights(program.graph) if not name.startswith("ranges.")}
     assert set(weights(twin)) == stored  # of the same weights, none is made real
@@ -49,14 +51,29 @@ def test_the_twin_multiplies_the_same_weights_without_rounding(
     assert not torch.equal(found, rounded)
 
 
-def test_what_rounds_nothing_has_no_twin(tokens: Program) -> None:
-    assert without_rounding(tokens.graph) is None
-    assert without_rounding(quantised(tokens, {"activations": "none"}).graph) is None
+def test_what_neither_rounds_nor_chooses_has_no_twin(tokens: Program) -> None:
+    assert twin_of(tokens.graph, 1e-5) is None
+    assert twin_of(quantised(tokens, {"activations": "none"}).graph, 1e-5) is None
+
+
+def test_the_twin_of_experts_takes_other_tokens_where_two_score_alike(dit: Program) -> None:
+    step = MixtureOfExperts(experts=4, active=1)
+    program = step.apply(dit, step.decide(dit, calibrate(dit, 2))).program
+    inputs = step_values(program, 1, initial_slots(program, *calibration_requests(program.contract, 2)))
+    expected = program.graph(*inputs)[0]
+    errors = []
+    for off in (0.0, 1e-5, 0.3):
+        twin = twin_of(program.graph, off)
+        assert twin is not None
+        errors.append(float(((twin(*inputs)[0] - expected).norm() / expected.norm()).detach()))
+    assert errors[0] == 0.0
+    assert errors[1] < 0.1 * errors[2]  # none of these few tokens, or one
+    assert errors[2] > 1e-3
 
 
 def test_the_graph_that_was_given_is_whole(tokens: Program) -> None:
     program = quantised(tokens, {})
     graph = build_variant(program, ()).graph
     before = [node.format_node() for node in graph.graph.nodes]
-    without_rounding(graph)
+    twin_of(graph, 1e-5)
     assert [node.format_node() for node in graph.graph.nodes] == before
