@@ -33,8 +33,9 @@ def figures() -> str:
         path = RESULTS / f"{name}.json"
         if path.exists():  # what has not been measured yet is not shown
             lines += [*section(json.loads(path.read_text())), ""]
-    if (RESULTS / "cache.csv").exists():
-        lines += [*_cache(), ""]
+    for name, table in (("cache", _cache), ("structure", _structure)):
+        if (RESULTS / f"{name}.csv").exists():
+            lines += [*table(), ""]
     return "\n".join(lines[:-1])
 
 
@@ -62,6 +63,36 @@ def _cache() -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _structure() -> list[str]:
+    rows = read(RESULTS / "structure.csv")
+    lines = [
+        f"Networks cut, recovered and composed, fp32 on ONNX Runtime but where INT8 is named, batch 16, quality on "
+        f"{rows[0]['samples']} samples, a figure a seed of the training (`python benchmarks/structure.py`, "
+        "[structure.csv](benchmarks/results/structure.csv)):",
+        "",
+        "| what | model | accuracy | Fréchet | faster | parameters | training |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for model, case in dict.fromkeys((row["model"], row["case"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["case"]) == (model, case)]
+        before = own[0]
+        cells = [
+            case,
+            _MODELS.get(model, TITLES.get(model, model)),
+            _each(own, "accuracy", 100, ".1f") + f" % ({100 * float(before['accuracy_before']):.1f} before)",
+            _each(own, "frechet", 1, ".2f") + f" ({float(before['frechet_before']):.2f} before)",
+            f"{sum(float(row['speedup']) for row in own) / len(own):.2f}×",
+            f"{float(before['parameters_ratio']):.2f}× fewer",
+            _seconds(max(float(row["training_s"]) for row in own)) if float(before["training_s"]) else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _each(rows: list[dict[str, Any]], column: str, times: float, form: str) -> str:
+    return ", ".join(format(times * float(row[column]), form) for row in rows)
 
 
 def _cache_peers(results: dict[str, Any]) -> list[str]:
