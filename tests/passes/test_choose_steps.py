@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from requests_of_programs import samples_of
 
 from dcompile.compiler import rewrite
 from dcompile.compiler.calibrate import Calibration, example_conditions, spread
@@ -35,10 +36,6 @@ from dcompile.passes.stepping.evolution import evolve
 CalibrationOf = Callable[[Program], Calibration]
 DIFFUSION = {"_class_name": "DDIMScheduler", "prediction_type": "epsilon"}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-
-
-def samples_of(program: Program) -> torch.Tensor:
-    return run(program, example_conditions(program.contract, 2), [0, 1])
 
 
 # ---- schedules ------------------------------------------------------------------------------------------------------

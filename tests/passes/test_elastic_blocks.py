@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from requests_of_programs import samples_of, values_of
 from torch.nn import functional
 
 from dcompile.compiler import rewrite
-from dcompile.compiler.calibrate import Calibration, example_conditions
+from dcompile.compiler.calibrate import Calibration
 from dcompile.compiler.errors import PassError, RecipeError
-from dcompile.compiler.execute import initial_slots, run, step_values
 from dcompile.compiler.program import Decision, Program
 from dcompile.compiler.regions import all_blocks
 from dcompile.compiler.validate import validate
@@ -44,14 +43,6 @@ from dcompile.passes.experts.feed_forward import find_feed_forwards, run_units
 CalibrationOf = Callable[[Program], Calibration]
 ProgramOf = Callable[[str], Program]
 HALF = ElasticBlocks(share=0.6, width=0.5, ranges=2, steps=120, batch=8, rate=2e-3)
-
-
-def values_of(program: Program, step: int = 1) -> list[Tensor]:
-    return step_values(program, step, initial_slots(program, example_conditions(program.contract, 2), [0, 1]))
-
-
-def samples_of(program: Program) -> Tensor:
-    return run(program, example_conditions(program.contract, 2), [0, 1])
 
 
 def elastic_blocks(program: Program) -> list[ElasticBlock]:

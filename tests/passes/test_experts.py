@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from requests_of_programs import values_of
 from torch import Tensor
 
 from dcompile.compiler import rewrite
@@ -34,17 +35,12 @@ ProgramOf = Callable[[str], Program]
 SMALL = {"experts": 4, "active": 1}
 
 
-def values_of(program: Program, batch: int = 2) -> list[Tensor]:
-    conditions = example_conditions(program.contract, batch)
-    return step_values(program, 1, initial_slots(program, conditions, list(range(batch))))
-
-
-def seen(program: Program, names: list[str], batch: int = 2) -> list[Tensor]:
+def seen(program: Program, names: list[str]) -> list[Tensor]:
     """The values of some nodes in one step."""
     graph = rewrite.clone(program.graph)
     rewrite.output_node(graph).args = (tuple(rewrite.node_named(graph, name) for name in names),)
     with torch.no_grad():
-        return list(rewrite.finish(graph)(*values_of(program, batch)))
+        return list(rewrite.finish(graph)(*values_of(program)))
 
 
 # ---- what is found --------------------------------------------------------------------------------------------------
