@@ -1,6 +1,6 @@
 """Half the blocks, experts, and all of it with a cache and INT8: what is left of the glyph DiT after recovery.
 
-    python benchmarks/structure.py [--cases depth,experts,steps,composed] [--seeds 3] [--steps 600] [--samples 288]
+    python benchmarks/structure.py [--cases depth,experts,steps,composed] [--seeds 3] [--steps 600] [--samples 144]
 
 Each row is a whole build for ONNX Runtime beside the uncompressed bundle: accuracy, Fréchet distance, speed of 16
 samples. Every way of choosing blocks gets the same recovery. Rows are kept in benchmarks/results/structure.csv as they
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--cases", default="depth,experts,steps,composed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--samples", type=int, default=288)
+    parser.add_argument("--samples", type=int, default=144)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--again", action="store_true")
     given = parser.parse_args()

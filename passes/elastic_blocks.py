@@ -28,7 +28,7 @@ from .order import refuse_late
 from .recovery.examples import Trajectories
 from .recovery.losses import output_loss
 from .recovery.network import Network
-from .recovery.trainer import Settings, train
+from .recovery.trainer import Settings, Trained, train
 
 _TIMES = 4  # steps of the trajectory in each batch of training
 _FASTER = 10.0  # times as fast for routers as for the network
@@ -80,32 +80,8 @@ class ElasticBlocks:
         """For each block the steps that compute it and how wide, the order of hidden units, and trained weights."""
         refuse_late(program, self.name, "put elastic before it")
         blocks = self._blocks(program, calibration)
-        network = Network(
-            program.with_graph(with_routers(program.graph, blocks, self.widths, self.seed)), (OPENED, WIDTHS)
-        )
-        own = [] if not self.tune else _parameters(program.graph)
-        routers = router_weights(rewrite.weights(network.program.graph))
-        network.unfreeze([*routers, *own])
-        examples = Trajectories(calibration.original, max(1, self.batch // _TIMES), self.steps * _TIMES, self.seed)
-        target = self.keep / self.group if self.group else self.share
-
-        def loss(step: int, done: float) -> Tensor:
-            losses = []
-            for each in range(_TIMES):
-                example = examples.example(step * _TIMES + each, _TIMES)
-                found, opened, wide = network(example.step, example.slots)
-                losses.append(output_loss(found, example.expected) + budget_loss(opened, wide, target, self.width))
-            return torch.stack(losses).mean()
-
-        key = digest("elastic", fingerprint(program), fingerprint(calibration.original), options_of(self)) + "-training"
-        settings = Settings(self.steps, self.rate, faster=tuple(routers), times=_FASTER)
-        trained = train(network.weights, loss, settings, calibration.store, key, calibration.progress)
-        with torch.no_grad():
-            for name, value in trained.weights.items():
-                network.weights[name].copy_(torch.from_numpy(value))
+        network, trained = self._train(program, blocks, calibration)
         opened, wide = _votes(program, network, calibration)
-        tensors: dict[str, Any] = {name: trained.weights[name] for name in own}
-        tensors |= {f"{feed.path}.units": units.numpy() for block in blocks for feed, units in block.feeds}
         computed = (
             opened_by_group(opened, self.group, self.keep, self.ranges)
             if self.group
@@ -117,7 +93,37 @@ class ElasticBlocks:
             "loss": [list(point) for point in trained.curve],
             **({"stopped": trained.stopped} if trained.stopped is not None else {}),
         }
+        routers = router_weights(trained.weights)
+        tensors = {name: value for name, value in trained.weights.items() if name not in routers}
+        tensors |= {f"{feed.path}.units": units.numpy() for block in blocks for feed, units in block.feeds}
         return Decision(choices, tensors)
+
+    def _train(
+        self, program: Program, blocks: Sequence[ElasticBlock], calibration: Calibration
+    ) -> tuple[Network, Trained]:
+        """The network with its routers, as they are after training."""
+        graph = with_routers(program.graph, blocks, self.widths, self.seed)
+        network = Network(program.with_graph(graph), (OPENED, WIDTHS))
+        routers = router_weights(rewrite.weights(network.program.graph))
+        network.unfreeze([*routers, *(Network(program).parameters() if self.tune else ())])
+        examples = Trajectories(calibration.original, max(1, self.batch // _TIMES), self.steps * _TIMES, self.seed)
+        share = self.keep / self.group if self.group else self.share
+
+        def loss(step: int, done: float) -> Tensor:
+            losses = []
+            for each in range(_TIMES):
+                example = examples.example(step * _TIMES + each, _TIMES)
+                found, opened, wide = network(example.step, example.slots)
+                losses.append(output_loss(found, example.expected) + budget_loss(opened, wide, share, self.width))
+            return torch.stack(losses).mean()
+
+        key = digest("elastic", fingerprint(program), fingerprint(calibration.original), options_of(self)) + "-training"
+        settings = Settings(self.steps, self.rate, faster=tuple(routers), times=_FASTER)
+        trained = train(network.weights, loss, settings, calibration.store, key, calibration.progress)
+        with torch.no_grad():
+            for name, value in trained.weights.items():
+                network.weights[name].copy_(torch.from_numpy(value))
+        return network, trained
 
     def apply(self, program: Program, decision: Decision, /) -> PassResult:
         refuse_late(program, self.name, "put elastic before it")
@@ -207,12 +213,6 @@ def _past(block: ElasticBlock, widths: Sequence[int]) -> list[Site]:
 def _skipped(name: str, value: str, base: str, computed: tuple[bool, ...]) -> Site:
     none = np.zeros((len(computed), 0), np.float32)
     return Site(name, value, base, computed, none, none)
-
-
-def _parameters(graph: fx.GraphModule) -> list[str]:
-    found = {name: weight for name, weight in rewrite.weights(graph).items() if weight.is_floating_point()}
-    marked = [name for name, weight in found.items() if isinstance(weight, torch.nn.Parameter)]
-    return marked or list(found)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ soft ones (straight-through).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,6 +158,6 @@ def budget_loss(opened: Tensor, wide: Tensor, share: float, width: float) -> Ten
     return (opened.mean() - share).square() + (mean_width - width).square()
 
 
-def router_weights(weights: Mapping[str, Tensor]) -> list[str]:
+def router_weights(weights: Iterable[str]) -> list[str]:
     """Paths of what routers learn."""
     return [name for name in weights if name.startswith(f"{ROUTERS}.") and ".masks." not in name]

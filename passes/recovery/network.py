@@ -31,14 +31,17 @@ class Network:
     def __call__(self, step: int, slots: Mapping[str, Tensor]) -> list[Tensor]:
         return list(self.program.graph(*step_values(self.program, step, slots)))
 
+    def parameters(self) -> list[str]:
+        """Paths of the model's parameters, not of its buffers; of all weights where none is marked as a parameter."""
+        weights = rewrite.weights(self.program.graph)
+        found = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
+        return [name for name, weight in found.items() if isinstance(weight, torch.nn.Parameter)] or list(found)
+
     def unfreeze(self, names: Collection[str] | None = None) -> None:
-        """Give it weights of its own to train: those of these paths, else the model's parameters, not its buffers (all,
-        where none is marked as a parameter)."""
+        """Give it weights of its own to train: those of these paths, else its parameters."""
         graph = rewrite.clone(self.program.graph)
-        found = {name: weight for name, weight in rewrite.weights(graph).items() if weight.is_floating_point()}
-        marked = [name for name, weight in found.items() if isinstance(weight, torch.nn.Parameter)]
-        for name in marked or found if names is None else names:
-            self.weights[name] = found[name].detach().clone().requires_grad_()
+        for name in self.parameters() if names is None else names:
+            self.weights[name] = rewrite.attribute(graph, name).detach().clone().requires_grad_()
             rewrite.assign(graph, name, self.weights[name])
         self.program = self.program.with_graph(rewrite.finish(graph))
 
