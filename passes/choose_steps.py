@@ -94,9 +94,11 @@ class ChooseSteps:
     def apply(self, program: Program, decision: Decision, /) -> PassResult:
         self._check(program)
         rows = decision.choices.get("rows") or spread(self.of, self.count)  # a dry run has searched nothing
+        skipped: dict[str, Sequence[str]] = decision.choices.get("skipped", {})
+        if len(rows) == self.of == program.steps and not skipped:
+            return PassResult(program, Record(self.name, refused=(("every step", f"count asks for all {self.of}"),)))
         sampler = self._sampler(program, rows)
         stepped = program.with_sampler(sampler)
-        skipped: dict[str, Sequence[str]] = decision.choices.get("skipped", {})
         sites = _sites(self._blocks(program), skipped, sampler.steps)
         details = {
             "timesteps": [round(float(each), 3) for each in sampler.timesteps],

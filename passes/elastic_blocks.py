@@ -131,9 +131,9 @@ class ElasticBlocks:
         everything = [self.widths] * program.steps
         widths: Mapping[str, Sequence[int]] = decision.choices.get("widths", {})  # a dry run has trained nothing
         graph = rewrite.clone(program.graph)
-        for name, value in decision.tensors.items():
-            if not name.endswith(".units"):
-                rewrite.assign(graph, name, torch.nn.Parameter(torch.from_numpy(value)))
+        tuned = [name for name in decision.tensors if not name.endswith(".units")]
+        for name in tuned:
+            rewrite.assign(graph, name, torch.nn.Parameter(torch.from_numpy(decision.tensors[name])))
         sites: list[Site] = []
         for block in blocks:
             own = widths.get(block.region.path, everything)
@@ -141,7 +141,8 @@ class ElasticBlocks:
                 order = decision.tensors.get(f"{feed.path}.units")
                 sites += self._parts(graph, feed, units if order is None else torch.from_numpy(order), own)
             sites += _past(block, own)
-        if not sites and not decision.tensors:
+        narrowed = any(0 < each < self.widths for own in widths.values() for each in own)
+        if not (sites or tuned or narrowed):
             why = "every step computes every block whole"
             return PassResult(program, Record(self.name, refused=(("every block", why),)))
         made = rewrite.finish(graph)

@@ -11,6 +11,7 @@ import torch
 
 from dcompile.compiler import rewrite
 from dcompile.compiler.calibrate import Calibration
+from dcompile.compiler.errors import PassError
 from dcompile.compiler.execute import run
 from dcompile.compiler.pipeline import apply_checked
 from dcompile.compiler.program import Decision, PassResult, Program
@@ -24,11 +25,15 @@ WORKING: dict[str, dict[str, Any]] = {
     "prune_layers": {"count": 1},
     "mixture_of_experts": {"experts": 4, "active": 1},
     "recover": {"steps": 8, "batch": 4},
+    "elastic_blocks": {"share": 0.6, "steps": 4, "batch": 4},
+    "choose_steps": {"count": 4, "of": 12, "trials": 6},
     "quantize": {"min_share": 0.0, "max_error": 0.5},
 }
 IDLE: dict[str, dict[str, Any]] = {
     "prune_layers": {"count": 0},
     "mixture_of_experts": {"experts": 7},
+    "elastic_blocks": {"share": 1.0, "width": 1.0, "tune": False, "steps": 1},
+    "choose_steps": {"count": 6, "of": 6, "trials": 1},
     "cache_steps": {"interval": 1},
     "quantize": {"min_share": 1.0},
 }
@@ -37,6 +42,8 @@ BOUND = {
     "prune_layers": 1.0,
     "mixture_of_experts": 1.0,
     "recover": 1.0,
+    "elastic_blocks": 1.0,
+    "choose_steps": 1.0,
     "cache_steps": 0.5,
     "quantize": 0.2,
     "fold_timestep": 1e-5,
@@ -170,6 +177,13 @@ class TestPass:
             return
         if name == "recover":  # it trains on from there
             assert apply(name, once, calibration_of(program), **WORKING[name]).record.changed > 0
+            return
+        if name == "choose_steps":  # it chooses anew, of the long schedule
+            assert apply(name, once, calibration_of(program), **WORKING[name]).record.changed > 0
+            return
+        if name == "elastic_blocks":
+            with pytest.raises(PassError, match="a plan of what steps compute came before"):
+                apply(name, once, calibration_of(program), **WORKING[name])
             return
         if name == "cache_steps":
             with pytest.raises(Exception, match="already has cache sites"):
