@@ -49,7 +49,15 @@ def cases(groups: list[str], seeds: int, steps: int) -> Iterator[Row]:
         ("experts", "glyphs", "12 experts, 2 active, not recovered", EXPERTS),
         ("steps", "glyphs", "10 steps, uniform", "steps:count=10,trials=1"),
         ("steps", "glyphs", "10 steps, chosen", "steps:count=10"),
-        ("composed", "glyphs", "half depth, cache, int8", f"{DEPTH['greedy']},{recovery},cache:interval=4,quant,fold"),
+        *(
+            (
+                "composed",
+                "glyphs",
+                f"half depth, cache every {interval}th step, int8",
+                f"{DEPTH['greedy']},{recovery},cache:interval={interval},quant,fold",
+            )
+            for interval in (4, 6)
+        ),
     ):
         if group in groups:
             yield {"model": model, "case": case, "seed": 0, "passes": passes}
