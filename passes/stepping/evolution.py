@@ -30,30 +30,25 @@ def evolve(
     random = np.random.default_rng(seed)
     levels = [round(skipped * level / (LEVELS - 1)) for level in range(LEVELS)] if skipped else [0]
     told = 0
-    first: list[Candidate] = []
     errors: dict[bytes, float] = {}
-    best: tuple[Candidate, float] | None = None
 
+    def judged(candidate: Candidate) -> float:
+        nonlocal told
+        if candidate.key not in errors:
+            found = evaluate(candidate)
+            errors[candidate.key] = found if math.isfinite(found) else math.inf
+        told += 1
+        progress(min(told / trials, 1.0), f"searching timesteps, error {min(errors.values()):.4f}")
+        return errors[candidate.key]
+
+    ranked: list[Candidate] = []
     for place, level in enumerate(levels):
         breeder = Breeder(count, of, units, level, random)
-        begin = [breeder.uniform(), *(breeder.mutant(each) for each in first)]
+        begin = [breeder.uniform(), *(breeder.mutant(each) for each in ranked[:PARENTS])]
         begin += [breeder.mutant(begin[0]) for _ in range(POPULATION // 2)]
         own = (place + 1) * trials // len(levels) - place * trials // len(levels)
-
-        def judged(candidate: Candidate) -> float:
-            nonlocal told
-            if candidate.key not in errors:
-                found = evaluate(candidate)
-                errors[candidate.key] = found if math.isfinite(found) else math.inf
-            told += 1
-            progress(told / trials, f"searching timesteps, error {min(errors.values()):.4f}")
-            return errors[candidate.key]
-
-        ranked = _population(breeder, begin, judged, own, seed)
-        best = ranked[0], errors[ranked[0].key]
-        first = ranked[:PARENTS]
-    assert best is not None
-    return best
+        ranked = _population(breeder, begin, judged, max(own, 1), seed)
+    return ranked[0], errors[ranked[0].key]
 
 
 def _population(

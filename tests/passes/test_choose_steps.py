@@ -108,6 +108,11 @@ def test_it_finds_the_best_schedule() -> None:
     assert found == 0.0
 
 
+def test_fewer_trials_than_ways_of_skipping() -> None:
+    best, _ = evolve(lambda candidate: float(candidate.skipped), 4, 20, 2, 3, trials=1)
+    assert best.skipped == 3
+
+
 def test_uniform_steps_are_among_what_is_tried() -> None:
     tried = []
     evolve(lambda candidate: float(len(tried.append(candidate.rows.tolist()) or [])), 4, 20, 0, 0, trials=8)  # type: ignore[func-returns-value]
