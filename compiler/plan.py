@@ -187,6 +187,12 @@ class Plan:
         return tuple(dict.fromkeys(mask for step in range(self.steps) for mask in self.possible(step)))
 
 
+def left_out(name: str, value: str, base: str, computed: Mask) -> Site:
+    """A site without states: where a step does not compute it, its value is its base."""
+    none = np.zeros((len(computed), 0), np.float32)
+    return Site(name, value, base, computed, none, none)
+
+
 def every(interval: int, steps: int, warmup: int = 0, last: int = 0) -> Mask:
     """True for the first `warmup` steps (at least one), then for one step in `interval`, and for the `last` steps.
 

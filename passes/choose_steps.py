@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..compiler.calibrate import Calibration, spread
 from ..compiler.errors import PassError, RecipeError
 from ..compiler.ingest import load_callable
-from ..compiler.plan import Plan, Site
+from ..compiler.plan import Plan, Site, left_out
 from ..compiler.program import Decision, PassResult, Program, Record
 from ..compiler.quality import relative_error
 from ..compiler.sampler import Sampler
@@ -36,9 +36,9 @@ class ChooseSteps:
     the uncompressed model's, or `package.module:function`, which is given samples [B, *shape] and those of the
     uncompressed model and returns a number. seed: of the search.
 
-    The population starts from the uniform schedule, so the result is never worse than it on these samples. Needs a
-    sampler that goes through timesteps of one's choice. Must run before cache_steps, quantize and fold_timestep, and
-    after what changes weights.
+    The population starts from the uniform schedule, so without `skip` no result is worse than it on these samples.
+    Needs a sampler that goes through timesteps of one's choice. Must run before cache_steps, quantize and
+    fold_timestep, and after what changes weights.
     """
 
     name: ClassVar[str] = "choose_steps"
@@ -131,9 +131,8 @@ class ChooseSteps:
 def _sites(blocks: Sequence[Block], skipped: dict[str, Sequence[str]], steps: int) -> tuple[Site, ...]:
     """Blocks that some step leaves out, as sites without states: the streams go past them."""
     masks = {block: tuple(block.unit not in skipped.get(str(step), ()) for step in range(steps)) for block in blocks}
-    none = np.zeros((steps, 0), np.float32)
     return tuple(
-        Site(block.name, block.value, block.base, mask, none, none) for block, mask in masks.items() if not all(mask)
+        left_out(block.name, block.value, str(block.base), mask) for block, mask in masks.items() if not all(mask)
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from ..compiler import rewrite
 from ..compiler.calibrate import Calibration, snapshots
 from ..compiler.errors import PassError, RecipeError
-from ..compiler.plan import Plan, Site
+from ..compiler.plan import Plan, Site, left_out
 from ..compiler.program import Decision, PassResult, Program, Record
 from ..compiler.recipe import options_of
 from ..compiler.regions import all_blocks
@@ -169,7 +169,7 @@ class ElasticBlocks:
         totals = write_parts(graph, feed, units, [ends[each - 1] for each in used])
         label = feed.path.replace(".", "_")
         return [
-            _skipped(f"{label}_{each}", total.name, before.name, tuple(width >= each for width in widths))
+            left_out(f"{label}_{each}", total.name, before.name, tuple(width >= each for width in widths))
             for each, before, total in zip(used[1:], totals, totals[1:], strict=False)
         ]
 
@@ -206,14 +206,9 @@ def _past(block: ElasticBlock, widths: Sequence[int]) -> list[Site]:
         [label] if len(block.region.streams) == 1 else [f"{label}_stream{i}" for i in range(len(block.region.streams))]
     )
     return [
-        _skipped(name, stream.exit, stream.entry, mask)
+        left_out(name, stream.exit, stream.entry, mask)
         for name, stream in zip(names, block.region.streams, strict=True)
     ]
-
-
-def _skipped(name: str, value: str, base: str, computed: tuple[bool, ...]) -> Site:
-    none = np.zeros((len(computed), 0), np.float32)
-    return Site(name, value, base, computed, none, none)
 
 
 @torch.no_grad()

@@ -117,6 +117,33 @@ def write_inner(module: fx.GraphModule, before: fx.Node, feed: FeedForward, ups:
     return made[rewrite.node_named(module, feed.inner[-1])]
 
 
+def write_units(module: fx.GraphModule, feed: FeedForward, name: str, units: Tensor, *, with_bias: bool) -> fx.Node:
+    """Some hidden units as a feed-forward of their own before the layer out; -> what they add to each token.
+
+    Its weights lie under `name` of the feed-forward's path. with_bias: the bias of the layer out too.
+    """
+    down = rewrite.node_named(module, feed.down)
+
+    def linear(x: Any, layer: str, weight: Tensor, bias: Tensor | None) -> fx.Node:
+        read = []
+        for kind, value in (("weight", weight), ("bias", bias)):
+            if value is not None:
+                path = f"{feed.path}.{name}.{layer}.{kind}"
+                rewrite.assign(module, path, torch.nn.Parameter(value.detach().clone().contiguous()))
+                read.append(rewrite.read_weight(module, path, down))
+        return rewrite.call(module, down, aten.linear.default, x, *read, like=down)
+
+    made = {}
+    for up in feed.ups:
+        node = rewrite.node_named(module, up)
+        weight, bias = held(module, node)
+        sliced = None if bias is None else rows_of(bias, units, feed.hidden)
+        made[up] = linear(node.args[0], up, rows_of(weight, units, feed.hidden), sliced)
+    hidden = write_inner(module, down, feed, made)
+    weight, bias = held(module, down)
+    return linear(hidden, "down", weight[:, units], bias if with_bias else None)
+
+
 def run_units(graph: fx.GraphModule, feed: FeedForward, units: Tensor, x: Tensor) -> Tensor:
     """What some hidden units add to tokens [..., D], without the bias of the layer out."""
     values: dict[fx.Node, Any] = {}

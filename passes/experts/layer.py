@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from ...compiler import rewrite
 from ...compiler.rewrite import aten
 from ...kernels import ADD_TOKENS, TAKE_TOKENS
-from .feed_forward import FeedForward, held, rows_of, write_inner
+from .feed_forward import FeedForward, held, rows_of, write_inner, write_units
 from .grouping import Router, Split, capacity
 
 
@@ -27,8 +27,8 @@ def replace_feed_forward(module: fx.GraphModule, feed: FeedForward, split: Split
     tokens = int(rewrite.shape_of(entry)[1])
     each = capacity(tokens, split.experts, active)
     write = _Writer(module, feed, down)
-    shared = write.shared(split)
-    scores = write.linear(entry, "router", torch.from_numpy(router.weight), None)
+    shared = write_units(module, feed, "shared", torch.from_numpy(split.units[: split.shared]), with_bias=True)
+    scores = write.call(aten.linear.default, entry, write.weight("router.weight", torch.from_numpy(router.weight)))
     best = write.call(aten.topk.default, scores, each, 1, True, False)  # [B, C, experts], in any order
     places = write.call(aten.transpose.int, write.call(operator.getitem, best, 1), 1, 2)
     chosen = write.call(TAKE_TOKENS, entry, places)
@@ -49,22 +49,6 @@ class _Writer:
         path = f"{self.feed.path}.{name}"
         rewrite.assign(self.module, path, torch.nn.Parameter(value.detach().clone().contiguous()))
         return rewrite.read_weight(self.module, path, self.before)
-
-    def linear(self, x: fx.Node, name: str, weight: Tensor, bias: Tensor | None) -> fx.Node:
-        last = () if bias is None else (self.weight(f"{name}.bias", bias),)
-        return self.call(aten.linear.default, x, self.weight(f"{name}.weight", weight), *last)
-
-    def shared(self, split: Split) -> fx.Node:
-        units = torch.from_numpy(split.units[: split.shared])
-        made = {}
-        for up in self.ups:
-            weight, bias = held(self.module, up)
-            sliced = None if bias is None else rows_of(bias, units, self.feed.hidden)
-            rows = rows_of(weight, units, self.feed.hidden)
-            made[up.name] = self.linear(_input(up), f"shared.{up.name}", rows, sliced)
-        hidden = write_inner(self.module, self.before, self.feed, made)
-        weight, bias = held(self.module, self.before)
-        return self.linear(hidden, "shared.down", weight[:, units], bias)
 
     def gates(self, scores: fx.Node, router: Router) -> fx.Node:
         """[B, C, experts] -> [experts, B * C, 1]. The bias is added here: it does not change which token
@@ -92,9 +76,3 @@ class _Writer:
         weight, _ = held(self.module, self.before)
         stacked = torch.stack([weight[:, units].T for units in parts])
         return self.call(aten.bmm.default, inner, self.weight("experts.down.weight", stacked))
-
-
-def _input(linear: fx.Node) -> fx.Node:
-    (value, *_) = linear.args
-    assert isinstance(value, fx.Node)
-    return value
